@@ -1,0 +1,73 @@
+"""What all commands share: the options that are make variables, and how a user's mistake ends (one line, exit 2)."""
+
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from shared.errors import UserError
+from shared.resolve import Choice
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+class Group(click.Group):
+    """A click group whose UserErrors end in one line and exit code 2, and Ctrl-C in one line and 130."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line."""
+        try:
+            return super().main(*args, **kwargs | {"standalone_mode": False})
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        except UserError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in DISK_TROUBLE:
+                raise
+            click.echo(f"error: {error.strerror}: {error.filename or 'the output folder'}; free space or choose another "
+                       "WORK, then run the same command again", err=True)  # fmt: skip
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted; the same command goes on from here", err=True)
+            sys.exit(INTERRUPTED)
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+
+
+def work_option(command: Command) -> Command:
+    """--work: the folder of everything preprocessed."""
+    return click.option("--work", type=click.Path(path_type=Path), default=Path("work"), show_default=True,
+                        help="Folder of shards, index and latent store.")(command)  # fmt: skip
+
+
+def config_options(command: Command) -> Command:
+    """--preset --config --model --set; the command receives them as one `choice: Choice`."""
+
+    def wrapper(preset: str | None, config: Path | None, model: str | None, set_: str, **rest: Any) -> Any:
+        return command(choice=Choice(preset or None, config, model or None, set_), **rest)
+
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    wrapper.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    decorated: Any = wrapper
+    for option in reversed((
+        click.option("--preset", help="A complete config in shared/presets, such as 8gb, 16gb, 24gb, cpu, demo."),
+        click.option("--config", type=click.Path(path_type=Path), help="JSON file laid over the preset."),
+        click.option("--model", help="Short for base_model_name: ti2v-5b, t2v-a14b, i2v-a14b, tiny, a Hub id, a folder."),
+        click.option("--set", "set_", default="", help='Settings laid over all, such as "batch_size=1 seed=3".'),
+    )):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def path_or_none(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """An empty make variable is no value."""
+    del context, parameter
+    return value if value is not None and str(value) not in ("", ".") else None

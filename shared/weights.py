@@ -1,0 +1,79 @@
+"""Loaders of frozen and trained networks from a diffusers folder. torch and diffusers are imported inside functions.
+
+Input: a ModelSpec. Output: modules in eval mode, frozen, on the CPU. Weights that Wan keeps in float32 stay float32.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ModelError
+from shared.files import sha256_of
+from shared.keys import fingerprint
+from shared.models import ModelSpec, refuse_unsupported
+
+
+def model_folder(spec: ModelSpec, parts: tuple[str, ...]) -> Path:
+    """Local folder that holds the named sub-folders of the model; a Hub id is downloaded, only those parts of it."""
+    folder = Path(spec.repo).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
+            folder = Path(snapshot_download(spec.repo, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(f"{spec.repo}: cannot be downloaded ({str(error).splitlines()[0]}); check the network, or give "
+                             "a local folder with MODEL=path") from None  # fmt: skip
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ModelError(f"{folder} has no {part}/; it must be a complete model folder in diffusers layout")
+    return folder
+
+
+def load_transformer(spec: ModelSpec, expert: str, dtype: Any) -> Any:
+    """WanTransformer3DModel of 'single', 'high_noise' or 'low_noise' in `dtype`; frozen."""
+    from diffusers import WanTransformer3DModel
+
+    part = dict(spec.expert_folders)[expert]
+    folder = model_folder(spec, (part,))
+    refuse_unsupported(WanTransformer3DModel.load_config(folder / part), str(folder / part))
+    model = WanTransformer3DModel.from_pretrained(folder, subfolder=part, torch_dtype=dtype, local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def load_vae(spec: ModelSpec, dtype: Any) -> Any:
+    """AutoencoderKLWan in `dtype`; frozen."""
+    from diffusers import AutoencoderKLWan
+
+    folder = model_folder(spec, ("vae",))
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, local_files_only=True)
+    return vae.eval().requires_grad_(False)
+
+
+def load_text_encoder(spec: ModelSpec, dtype: Any) -> tuple[Any, Any]:
+    """(tokenizer, UMT5EncoderModel in `dtype`); frozen. Asserts the tied embedding that early transformers 5 lost."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    folder = model_folder(spec, ("text_encoder", "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
+    if encoder.shared.weight.data_ptr() != encoder.encoder.embed_tokens.weight.data_ptr():
+        raise ModelError("this transformers release leaves UMT5's embedding untied; install transformers >= 5.3")
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Hash of every config and weight file in a model sub-folder: names and bytes (about 1 GB/s)."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".model"})
+    if not files:
+        raise ModelError(f"{folder} holds no weights")
+    return fingerprint(files={path.name: _content_name(path) for path in files})
+
+
+def _content_name(path: Path) -> str:
+    """sha256 of a file; the Hub's own store names large files by it, which saves reading them."""
+    target = path.resolve()
+    is_sha256 = len(target.name) == hashlib.sha256().digest_size * 2 and target.parent.name == "blobs"
+    return target.name if is_sha256 else sha256_of(path)
