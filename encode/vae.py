@@ -128,7 +128,8 @@ def denormalise(vae: AutoencoderKLWan, latent_BCthw: Tensor) -> Tensor:
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    config = vae.config
+    mean, std = (like.new_tensor(row).view(1, -1, 1, 1, 1) for row in (config.latents_mean, config.latents_std))
     return mean, std
 
 

@@ -54,7 +54,7 @@ def aspect_sizes(area_side: int, grid: int) -> list[tuple[int, int]]:
 
 
 def nearest_size(height: float, width: float, resolution: tuple[int, int] | int, grid: int) -> tuple[int, int]:
-    """The (height, width) a clip of this display size is cropped to: nearest aspect ratio (in log), then nearest area."""
+    """The (height, width) a clip of this display size is cropped to: nearest log aspect, then nearest area."""
     if isinstance(resolution, tuple):
         return round_to_grid(resolution[1], grid), round_to_grid(resolution[0], grid)
 

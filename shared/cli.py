@@ -32,8 +32,11 @@ class Group(click.Group):
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
-            click.echo(f"error: {error.strerror}: {error.filename or 'the output folder'}; free space or choose another "
-                       "WORK, then run the same command again", err=True)  # fmt: skip
+            click.echo(
+                f"error: {error.strerror}: {error.filename or 'the output folder'}; free space or choose "
+                "another WORK, then run the same command again",
+                err=True,
+            )
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted; the same command goes on from here", err=True)
@@ -44,8 +47,13 @@ class Group(click.Group):
 
 def work_option(command: Command) -> Command:
     """--work: the folder of everything preprocessed."""
-    return click.option("--work", type=click.Path(path_type=Path), default=Path("work"), show_default=True,
-                        help="Folder of shards, index and latent store.")(command)  # fmt: skip
+    return click.option(
+        "--work",
+        type=click.Path(path_type=Path),
+        default=Path("work"),
+        show_default=True,
+        help="Folder of shards, index and latent store.",
+    )(command)
 
 
 def config_options(command: Command) -> Command:
@@ -57,12 +65,16 @@ def config_options(command: Command) -> Command:
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     wrapper.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     decorated: Any = wrapper
-    for option in reversed((
-        click.option("--preset", help="A complete config in shared/presets, such as 8gb, 16gb, 24gb, cpu, demo."),
-        click.option("--config", type=click.Path(path_type=Path), help="JSON file laid over the preset."),
-        click.option("--model", help="Short for base_model_name: ti2v-5b, t2v-a14b, i2v-a14b, tiny, a Hub id, a folder."),
-        click.option("--set", "set_", default="", help='Settings laid over all, such as "batch_size=1 seed=3".'),
-    )):
+    for option in reversed(
+        (
+            click.option("--preset", help="A complete config in shared/presets, such as 8gb, 16gb, 24gb, cpu, demo."),
+            click.option("--config", type=click.Path(path_type=Path), help="JSON file laid over the preset."),
+            click.option(
+                "--model", help="Short for base_model_name: ti2v-5b, t2v-a14b, i2v-a14b, tiny, a Hub id, a folder."
+            ),
+            click.option("--set", "set_", default="", help='Settings laid over all, such as "batch_size=1 seed=3".'),
+        )
+    ):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
 

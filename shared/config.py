@@ -25,19 +25,27 @@ class VideoConfig(Strict):
     """How clips are cut from sources and how their frames are used."""
 
     max_frames: int | None = Field(None, ge=1, description="frames per clip; the smaller of this and `frames` counts")
-    frame_sample_strategy: Literal["uniform", "random", "keyframe"] = Field("uniform", description="where windows start")
+    frame_sample_strategy: Literal["uniform", "random", "keyframe"] = Field(
+        "uniform", description="where windows start"
+    )
     stretch: bool = Field(False, description="spread the frames over the whole clip: motion speeds up")
     target_fps: float | None = Field(None, gt=0, le=240, description="frames/s of samples; null: the model's own")
     max_duration: float | None = Field(None, gt=0, description="seconds; longer sources are cut at scene changes")
     min_resolution: int = Field(64, ge=1, description="pixels; sources whose shorter side is below are dropped")
-    max_resolution: int | None = Field(None, ge=1, description="pixels; sources whose longer side is above are scaled down")
+    max_resolution: int | None = Field(
+        None, ge=1, description="pixels; sources whose longer side is above are scaled down"
+    )
     spatial_compression_ratio: int | None = Field(None, ge=1, le=64, description="wanted pixels per latent cell")
     temporal_compression_ratio: int | None = Field(None, ge=1, le=64, description="wanted frames per latent frame")
     video_batch_size_multiplier: float = Field(1.0, gt=0, le=1, description="micro-batch of videos / batch_size")
     temporal_consistency_weight: float = Field(0.0, ge=0, description="weight of the latent difference loss")
     use_temporal_attention: bool = Field(True, description="false: attention inside each latent frame only")
-    frame_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of latent frames left out of a micro-batch")
-    temporal_augmentation: bool = Field(False, description="make shifted, slower, faster and reversed variants at ingest")
+    frame_dropout_probability: float = Field(
+        0.0, ge=0, lt=1, description="share of latent frames left out of a micro-batch"
+    )
+    temporal_augmentation: bool = Field(
+        False, description="make shifted, slower, faster and reversed variants at ingest"
+    )
 
 
 class TransformerConfig(Strict):
@@ -110,9 +118,13 @@ class GatesConfig(Strict):
     """Quality gates of ingest; null turns one off."""
 
     min_duration: float | None = Field(None, ge=0, description="seconds")
-    frozen: float | None = Field(0.3, ge=0, description="mean grey-level change per second below which a clip is frozen")
+    frozen: float | None = Field(
+        0.3, ge=0, description="mean grey-level change per second below which a clip is frozen"
+    )
     black: float | None = Field(8.0, ge=0, le=255, description="mean grey level below which a clip is black")
-    near_duplicate: int | None = Field(4, ge=0, le=64, description="bits of perceptual hash that two clips may differ by")
+    near_duplicate: int | None = Field(
+        4, ge=0, le=64, description="bits of perceptual hash that two clips may differ by"
+    )
     min_motion: float | None = Field(None, ge=0, description="mean grey-level change between samples' frames")
     max_motion: float | None = Field(None, ge=0, description="likewise, above it is chaos")
     min_sharpness: float | None = Field(None, ge=0, description="variance of the Laplacian of the grey picture")
@@ -133,7 +145,9 @@ class Config(Strict):
     """One run of ingest, encode and train."""
 
     model_type: Literal["WAN_2_2", "WAN_2_1"] = Field("WAN_2_2", description="family")
-    base_model_name: str = Field("ti2v-5b", min_length=1, description="short name, Hub id, diffusers folder or DiT file")
+    base_model_name: str = Field(
+        "ti2v-5b", min_length=1, description="short name, Hub id, diffusers folder or DiT file"
+    )
     training_method: Literal["LORA", "FINE_TUNE", "EMBEDDING"] = Field("LORA", description="what is trained")
     seed: int = Field(0, ge=0, lt=2**63, description="all randomness is a function of (seed, step, slot)")
     deterministic: bool = Field(False, description="bit-equal repeats on CUDA too")
@@ -154,7 +168,9 @@ class Config(Strict):
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     vae: VaeConfig = VaeConfig()
     train_dtype: Dtype = Field("BFLOAT_16", description="arithmetic of the step")
-    gradient_checkpointing: Literal["NONE", "DEFAULT", "CPU_OFFLOADED"] = Field("DEFAULT", description="OFF, ON accepted")
+    gradient_checkpointing: Literal["NONE", "DEFAULT", "CPU_OFFLOADED"] = Field(
+        "DEFAULT", description="OFF, ON accepted"
+    )
     layer_offload_fraction: float | Literal["AUTO"] = Field("AUTO", description="share of block weights kept in RAM")
     compile: bool = Field(False, description="regional torch.compile of the blocks")
     attention: Literal["AUTO", "SDPA", "FLASH", "SAGE", "XFORMERS", "FLEX"] = Field("AUTO", description="backend")
@@ -169,28 +185,40 @@ class Config(Strict):
     warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warmup")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: never")
     ema: float | None = Field(None, gt=0, lt=1, description="decay per update of averaged weights, saved beside")
-    timestep_distribution: Literal["UNIFORM", "LOGIT_NORMAL", "MODE"] = Field("UNIFORM", description="of sigma before shift")
+    timestep_distribution: Literal["UNIFORM", "LOGIT_NORMAL", "MODE"] = Field(
+        "UNIFORM", description="of sigma before shift"
+    )
     timestep_shift: float | None = Field(None, gt=0, description="null: the model's own for training")
     timestep_stratified: bool = Field(False, description="spread the draws of one batch evenly over the distribution")
     loss: Literal["MSE", "HUBER"] = Field("MSE", description="of the velocity, in float32")
-    caption_dropout_probability: float = Field(0.1, ge=0, le=1, description="share of samples trained on the empty caption")
-    first_frame_conditioning_probability: float = Field(0.0, ge=0, le=1, description="ti2v: share trained with a clean first frame")
+    caption_dropout_probability: float = Field(
+        0.1, ge=0, le=1, description="share of samples trained on the empty caption"
+    )
+    first_frame_conditioning_probability: float = Field(
+        0.0, ge=0, le=1, description="ti2v: share trained with a clean first frame"
+    )
     dataloader_threads: int = Field(2, ge=1, le=64, description="threads that read the store")
 
     peft_type: Literal["LORA", "DORA", "LOHA", "LOKR"] = Field("LORA", description="kind of adapter")
     lora_rank: int = Field(32, ge=1, description="rank of the update")
     lora_alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A")
-    lora_targets: str = Field(r".*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)", description="regex on module names")
+    lora_targets: str = Field(
+        r".*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)", description="regex on module names"
+    )
     resume_from_adapter: str | None = Field(None, description="adapter file to start from")
     base_adapters: tuple[str, ...] = Field((), description="adapter files merged into the model before training")
     embedding: EmbeddingConfig = EmbeddingConfig()
 
     expert: Literal["both", "high_noise", "low_noise"] = Field("both", description="of a two-expert model")
-    expert_share: float | None = Field(None, gt=0, lt=1, description="share of steps for high_noise; null: its probability")
+    expert_share: float | None = Field(
+        None, gt=0, lt=1, description="share of steps for high_noise; null: its probability"
+    )
 
     validation: ValidationConfig = ValidationConfig()
-    validate_after: int | None = Field(None, ge=1, description="steps between validations; null: before and after training")
+    validate_after: int | None = Field(
+        None, ge=1, description="steps between validations; null: before and after training"
+    )
     sample_after: int | None = Field(None, ge=1, description="units between previews; null: none")
     sample_after_unit: Unit = Field("STEP", description="unit of sample_after")
     sample_prompts: tuple[str, ...] = Field((), description="captions of previews")
@@ -203,7 +231,9 @@ class Config(Strict):
     backup_keep: int = Field(2, ge=1, description="checkpoints kept")
     save_after: int | None = Field(None, ge=1, description="units between exported results; null: at the end")
     save_after_unit: Unit = Field("STEP", description="unit of save_after")
-    output_model_destination: str | None = Field(None, description="where the result is copied to; null: the run folder")
+    output_model_destination: str | None = Field(
+        None, description="where the result is copied to; null: the run folder"
+    )
     output_model_format: OutputFormat = Field("COMFY_LORA", description="of the result")
     output_dtype: Dtype = Field("BFLOAT_16", description="of the result")
 
@@ -232,5 +262,3 @@ def leaf_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         nested = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
         keys += leaf_keys(nested, f"{prefix}{name}.") if nested else [prefix + name]
     return keys
-
-

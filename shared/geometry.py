@@ -47,7 +47,9 @@ def compression(wanted: int | None, own: int, name: str, remarks: list[str]) -> 
     if wanted < own:
         remarks.append(f"video_config.{name}_compression_ratio: {wanted} is met by the VAE's own {own}")
         return 1.0
-    remarks.append(f"video_config.{name}_compression_ratio: {wanted} is met by scaling down {wanted / own:g}x before the VAE")
+    remarks.append(
+        f"video_config.{name}_compression_ratio: {wanted} is met by scaling down {wanted / own:g}x before the VAE"
+    )
     return own / wanted
 
 

@@ -21,7 +21,9 @@ TEXT_LENGTH = 512  # tokens the DiT attends to; shorter captions are zero-padded
 # Wan2.1 values: defaults of diffusers AutoencoderKLWan; Wan2.2: vae22_diffusers_config of the converter named above
 MEAN_21 = """-0.7571 -0.7089 -0.9113 0.1075 -0.1745 0.9653 -0.1517 1.5508
     0.4134 -0.0715 0.5517 -0.3632 -0.1922 -0.9497 0.2503 -0.2921"""
-STD_21 = "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.9160"
+STD_21 = (
+    "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.9160"
+)
 MEAN_22 = """-0.2289 -0.0052 -0.1323 -0.2339 -0.2799 0.0174 0.1838 0.1557 -0.1382 0.0542 0.2813 0.0891 0.1570 -0.0098
     0.0375 -0.1825 -0.2246 -0.1207 -0.0698 0.5109 0.2665 -0.2108 -0.2158 0.2502 -0.2055 -0.0322 0.1109 0.1567 -0.0729
     0.0899 -0.2799 -0.1230 -0.0313 -0.1649 0.0117 0.0723 -0.2839 -0.2083 -0.0520 0.3748 0.0152 0.1957 0.1433 -0.2944
@@ -101,20 +103,70 @@ class ModelSpec:
 
 
 _PAIR = (("high_noise", "transformer"), ("low_noise", "transformer_2"))
-_A14B: dict[str, Any] = {"vae": WAN21_VAE, "fps": 16, "heads": 40, "head_dim": 128, "ffn_dim": 13824, "num_layers": 40,
-                         "sample_steps": 40, "expert_folders": _PAIR}  # fmt: skip
+_A14B: dict[str, Any] = {
+    "vae": WAN21_VAE,
+    "fps": 16,
+    "heads": 40,
+    "head_dim": 128,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "sample_steps": 40,
+    "expert_folders": _PAIR,
+}
 _SPECS = (
-    ModelSpec("ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", WAN22_VAE, fps=24, heads=24, head_dim=128, ffn_dim=14336,
-              num_layers=30, in_channels=48, image_condition="first_frame"),
-    ModelSpec("t2v-a14b", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", in_channels=16, boundary=0.875, sample_shift=12,
-              guidance=(4.0, 3.0), **_A14B),
-    ModelSpec("i2v-a14b", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", in_channels=36, boundary=0.9, image_condition="concat",
-              guidance=(3.5, 3.5), **_A14B),
-    ModelSpec("t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", WAN21_VAE, fps=16, heads=12, head_dim=128, ffn_dim=8960,
-              num_layers=30, in_channels=16),
-    ModelSpec("t2v-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", WAN21_VAE, fps=16, heads=40, head_dim=128, ffn_dim=13824,
-              num_layers=40, in_channels=16),
-)  # fmt: skip
+    ModelSpec(
+        "ti2v-5b",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        WAN22_VAE,
+        fps=24,
+        heads=24,
+        head_dim=128,
+        ffn_dim=14336,
+        num_layers=30,
+        in_channels=48,
+        image_condition="first_frame",
+    ),
+    ModelSpec(
+        "t2v-a14b",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        in_channels=16,
+        boundary=0.875,
+        sample_shift=12,
+        guidance=(4.0, 3.0),
+        **_A14B,
+    ),
+    ModelSpec(
+        "i2v-a14b",
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        in_channels=36,
+        boundary=0.9,
+        image_condition="concat",
+        guidance=(3.5, 3.5),
+        **_A14B,
+    ),
+    ModelSpec(
+        "t2v-1.3b",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        WAN21_VAE,
+        fps=16,
+        heads=12,
+        head_dim=128,
+        ffn_dim=8960,
+        num_layers=30,
+        in_channels=16,
+    ),
+    ModelSpec(
+        "t2v-14b",
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        WAN21_VAE,
+        fps=16,
+        heads=40,
+        head_dim=128,
+        ffn_dim=13824,
+        num_layers=40,
+        in_channels=16,
+    ),
+)
 SPECS = {spec.name: spec for spec in _SPECS}
 ALIASES = {"wan-ai/wan_2_2": "ti2v-5b"} | {spec.repo.lower(): spec.name for spec in _SPECS}
 TINY_NAMES = ("tiny", "tiny-a14b", "tiny-i2v", "tiny-ti2v")
@@ -141,12 +193,20 @@ def model_spec(base_model_name: str) -> ModelSpec:
 
 def spec_of_folder(folder: Path, name: str | None = None) -> ModelSpec:
     """Read the facts from the config files of a diffusers folder; sampling facts come from the nearest table row."""
-    dit, vae, index = (_read(folder / part) for part in ("transformer/config.json", "vae/config.json", "model_index.json"))
+    dit, vae, index = (
+        _read(folder / part) for part in ("transformer/config.json", "vae/config.json", "model_index.json")
+    )
     refuse_unsupported(dit, str(folder))
     pair = (folder / "transformer_2").is_dir()
     heads, in_channels = dit["num_attention_heads"], dit["in_channels"]
-    row = next((spec for spec in _SPECS if (spec.heads, spec.in_channels) == (heads, in_channels)
-                and (spec.boundary is not None) == pair), None)  # fmt: skip
+    row = next(
+        (
+            spec
+            for spec in _SPECS
+            if (spec.heads, spec.in_channels) == (heads, in_channels) and (spec.boundary is not None) == pair
+        ),
+        None,
+    )
     condition: ImageCondition = "first_frame" if index.get("expand_timesteps") else "none"
     return ModelSpec(
         name=name or (row.name if row else folder.name),
@@ -177,7 +237,9 @@ def vae_kind(config: dict[str, Any]) -> VaeKind:
 def refuse_unsupported(dit_config: dict[str, Any], origin: str) -> None:
     """Raise ModelError for members of the family that this trainer does not know: VACE, Animate, Wan 2.1 I2V."""
     if dit_config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel" or "vace_layers" in dit_config:
-        raise ModelError(f"{origin}: {dit_config.get('_class_name')} cannot be trained here; use one of {', '.join(SPECS)}")
+        raise ModelError(
+            f"{origin}: {dit_config.get('_class_name')} cannot be trained here; use one of {', '.join(SPECS)}"
+        )
     if dit_config.get("image_dim"):
         raise ModelError(f"{origin}: a DiT with CLIP image inputs (Wan 2.1 I2V) cannot be trained here; use i2v-a14b")
 

@@ -148,7 +148,9 @@ def validate(values: dict[str, Any], sources: dict[str, str]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
-        key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in sources), ".".join(path))
+        key = next(
+            (".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in sources), ".".join(path)
+        )
         if first["type"] == "extra_forbidden":
             raise ConfigError(unknown_key(".".join(path))) from None
         where = sources.get(key, "default")

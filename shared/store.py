@@ -50,8 +50,8 @@ class Marker(Record):
     vae_kind: str | None = None  # VaeKind.fingerprint of latents and cond units
     text_dim: int | None = None  # columns of a text unit
     shape: tuple[int, ...]
-    rows: dict[str, int] = {}  # sample key -> row, of latents and cond units
-    captions: dict[str, TextRow] = {}  # caption key -> place, of text units
+    rows: dict[str, int] = Field({})  # sample key -> row, of latents and cond units
+    captions: dict[str, TextRow] = Field({})  # caption key -> place, of text units
     files: tuple[FileRecord, ...]
 
     @property
@@ -83,7 +83,7 @@ class ListedSample(Record):
 
 
 class DatasetList(Record):
-    """What is trained: `datasets/<id>.json`, a pure function of the ingest index. The only mutable object of a store."""
+    """What is trained: `datasets/<id>.json`, a pure function of the index. The only mutable object of a store."""
 
     version: int = STORE_VERSION
     id: str

@@ -1,4 +1,4 @@
-"""Read rows of a store directly: one positioned read and one checksum per sample, no zarr-python, any number of threads.
+"""Read rows of a store directly: one positioned read and one checksum per sample, from any number of threads.
 
 The files are plain zarr v3 shards (sharding_indexed, index at the end, bytes + crc32c); zarr-python is the reference in
 the tests. Cost: about 0.1 ms of CPU for a 640 KiB sample.
@@ -31,7 +31,9 @@ class ArrayFile:
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise StoreError(f"{path} is missing from the store; delete its marker in units/ and run make encode") from None
+            raise StoreError(
+                f"{path} is missing from the store; delete its marker in units/ and run make encode"
+            ) from None
         size, tail = os.fstat(self.descriptor).st_size, 16 * chunks + 4
         index = os.pread(self.descriptor, tail, max(0, size - tail))
         if len(index) != tail or google_crc32c.value(index) != CRC_RESIDUE:

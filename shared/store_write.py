@@ -27,9 +27,17 @@ def write_array(folder: Path, values: Array, inner_chunk: tuple[int, ...]) -> No
     Chunks of zeros are written too: a missing chunk always means damage.
     """
     codec = ShardingCodec(chunk_shape=inner_chunk, codecs=[BytesCodec(), Crc32cCodec()])
-    array = zarr.create_array(store=folder, shape=values.shape, dtype=values.dtype, chunks=values.shape, serializer=codec,
-                              compressors=None, filters=None, fill_value=0,
-                              config={"write_empty_chunks": True})  # fmt: skip
+    array = zarr.create_array(
+        store=folder,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=values.shape,
+        serializer=codec,
+        compressors=None,
+        filters=None,
+        fill_value=0,
+        config={"write_empty_chunks": True},
+    )
     array[...] = values
 
 
@@ -39,8 +47,10 @@ def as_float16(values: NDArray[np.float32], names: list[str]) -> NDArray[np.floa
         half = values.astype(np.float16)
     for row, name in zip(half, names, strict=True):
         if not np.isfinite(row).all():
-            raise StoreError(f"{name}: encoding gave NaN, infinite or too large values; check the file and the weights, "
-                             "or encode in FLOAT_32")  # fmt: skip
+            raise StoreError(
+                f"{name}: encoding gave NaN, infinite or too large values; check the file and weights, "
+                "or encode in FLOAT_32"
+            )
     return half
 
 
@@ -56,16 +66,21 @@ class UnitDraft:
         """Name the unit by its content, move it into place, write the marker; returns the marker."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         sums = {path.relative_to(self.folder).as_posix(): (path.stat().st_size, sha256_of(path)) for path in files}
-        unit = fingerprint(made_from=self.made_from, recipe=self.recipe, data={name: sha for name, (_, sha) in sums.items()})
+        unit = fingerprint(
+            made_from=self.made_from, recipe=self.recipe, data={name: sha for name, (_, sha) in sums.items()}
+        )
         final = self.store / self.kind / unit
         if final.exists():  # the same bytes, left without a marker by a crash, or written by another machine
             shutil.rmtree(final)
         self.folder.rename(final)
         sync_folder(final.parent)
-        records = tuple(FileRecord(path=f"{self.kind}/{unit}/{name}", size=size, sha256=sha)
-                        for name, (size, sha) in sorted(sums.items()))  # fmt: skip
-        marker = Marker(id=unit, kind=self.kind, made_from=self.made_from, recipe=self.recipe, shape=shape, files=records,
-                        **fields)  # fmt: skip
+        records = tuple(
+            FileRecord(path=f"{self.kind}/{unit}/{name}", size=size, sha256=sha)
+            for name, (size, sha) in sorted(sums.items())
+        )
+        marker = Marker(
+            id=unit, kind=self.kind, made_from=self.made_from, recipe=self.recipe, shape=shape, files=records, **fields
+        )
         write_json(marker_path(self.store, unit), marker.model_dump(mode="json"))
         return marker
 
@@ -77,9 +92,10 @@ def write_latents(draft: UnitDraft, keys: list[str], latents_nCThw: NDArray[np.f
     return draft.commit(half.shape, rows={key: row for row, key in enumerate(keys)}, vae_kind=vae_kind)
 
 
-def write_texts(draft: UnitDraft, texts: dict[str, str], embeddings: list[NDArray[np.float32]],
-                ids: list[list[int]]) -> Marker:  # fmt: skip
-    """Commit a unit of captions: `texts` maps caption key -> text; embeddings are (S, text_dim), ids are S token ids."""
+def write_texts(
+    draft: UnitDraft, texts: dict[str, str], embeddings: list[NDArray[np.float32]], ids: list[list[int]]
+) -> Marker:
+    """Commit a unit of captions: `texts` is key -> text, in order; embeddings are (S, text_dim), ids are S ints."""
     places: dict[str, TextRow] = {}
     start = 0
     for (key, text), rows in zip(texts.items(), embeddings, strict=True):

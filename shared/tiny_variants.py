@@ -17,16 +17,33 @@ VARIANTS_VERSION = 1
 DIT = {"num_attention_heads": 2, "attention_head_dim": 24, "freq_dim": 64, "ffn_dim": 96, "num_layers": 2}
 # the two VAE kinds of Wan at the smallest faithful size
 VAE_21: dict[str, Any] = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-VAE_22: dict[str, Any] = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 48, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
-                          "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-                          "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}  # fmt: skip
+VAE_22: dict[str, Any] = {
+    "base_dim": 4,
+    "decoder_base_dim": 4,
+    "z_dim": 48,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
 
 
 def tiny_spec(name: str) -> ModelSpec:
     """Spec of one of the four tiny models; makes the random ones when they are not on disk yet."""
     if not (TINY_FOLDER / "model_index.json").is_file():
         raise ModelError(f"{TINY_FOLDER} has no tiny model; make it with: make tiny")
-    sampling: dict[str, Any] = {"train_shift": 1.0, "sample_shift": 1.0, "sample_steps": 20, "fps": 8, "guidance": (2.0, 2.0)}
+    sampling: dict[str, Any] = {
+        "train_shift": 1.0,
+        "sample_shift": 1.0,
+        "sample_steps": 20,
+        "fps": 8,
+        "guidance": (2.0, 2.0),
+    }
     if name == "tiny":
         return replace(spec_of_folder(TINY_FOLDER, name), **sampling)
     if name == "tiny-a14b":

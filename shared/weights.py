@@ -24,8 +24,10 @@ def model_folder(spec: ModelSpec, parts: tuple[str, ...]) -> Path:
             patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
             folder = Path(snapshot_download(spec.repo, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ModelError(f"{spec.repo}: cannot be downloaded ({str(error).splitlines()[0]}); check the network, or give "
-                             "a local folder with MODEL=path") from None  # fmt: skip
+            raise ModelError(
+                f"{spec.repo}: cannot be downloaded ({str(error).splitlines()[0]}); check the network, or "
+                "give a local folder with MODEL=path"
+            ) from None
     for part in parts:
         if not (folder / part).is_dir():
             raise ModelError(f"{folder} has no {part}/; it must be a complete model folder in diffusers layout")

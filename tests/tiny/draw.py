@@ -81,7 +81,7 @@ WHOLE = Window(0, 0, SIDE)
 
 
 def held_out(attributes: Attributes) -> bool:
-    """True for the combinations the DiT never sees: 18 of 144, spread so that every pair of attributes is still seen."""
+    """True for the 18 of 144 combinations the DiT never sees, spread so that it sees every pair of attributes."""
     color = list(COLORS).index(attributes.color)
     shape = SHAPES.index(attributes.shape)
     direction = list(DIRECTIONS).index(attributes.direction)
