@@ -1,0 +1,106 @@
+# Every target sets itself up when needed. Variables become flags: make train PRESET=16gb SET="batch_size=1 seed=3"
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+MAKEFLAGS += --no-print-directory
+
+WORK ?= work
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT SHA256 ROWS OUT
+
+# --flag "$VALUE" for each variable that is set; values travel through the environment, so any character is safe
+flag = $(if $($(1)),--$(2) "$$$(1)")
+config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag,MODEL,model) $(call flag,SET,set)
+store_flags = --work "$$WORK" $(call flag,STORE,store)
+run_flag = $(call flag,RUN,run)
+
+.PHONY: help setup demo tiny ingest encode status verify train explain sample export test soak check fmt bench clean
+
+help: ## this list
+	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
+	echo "  make ingest DATA=dataset/ && make encode && make train PRESET=16gb"
+	echo
+	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	echo
+	echo "Variables: PRESET CONFIG SET MODEL WORK STORE DATA RUN RESUME FORMAT PROMPT SHARD FFMPEG TORCH TORCH_INDEX"
+
+setup: $(READY) ## .venv with pinned packages (TORCH=cpu|cuda|rocm or TORCH_INDEX=URL; default: detected)
+
+# python3, or a versioned one, that is 3.11 to 3.13
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+CHOICE := $(or $(TORCH_INDEX),$(TORCH))
+# an explicit choice that differs from the installed one sets up anew
+ifneq ($(CHOICE),)
+ifneq ($(CHOICE),$(shell cat $(VENV)/torch-choice 2>/dev/null))
+.PHONY: $(READY)
+endif
+endif
+
+$(READY): pyproject.toml constraints.txt shared/torch_build.py
+	@if [ -z "$(PYTHON)" ]; then
+	  echo "error: Python 3.11, 3.12 or 3.13 with venv is needed (zarr 3 rules out 3.10); install it, or give PYTHON=path" >&2
+	  exit 2
+	fi
+	rm -f $(READY)
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	torch=$$($(PYTHON) shared/torch_build.py $(CHOICE))
+	export PIP_DISABLE_PIP_VERSION_CHECK=1
+	echo "installing packages into $(VENV) (once; some minutes) ..."
+	$(PY) -m pip install -q -c constraints.txt $$torch torch
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	echo "$(CHOICE)" > $(VENV)/torch-choice
+	touch $(READY)
+	echo "ready: $$($(PY) --version), torch $$($(PY) -c 'import torch; print(torch.__version__)')"
+
+demo: $(READY) ## first LoRA, from drawn videos to samples before and after, in minutes on a CPU
+	@$(PY) -m tests.demo
+
+tiny: $(READY) ## train the embedded tiny Wan again (under an hour on 2 cores; OUT=folder)
+	@$(PY) -m tests.tiny $(call flag,OUT,out)
+
+ingest: $(READY) ## DATA=dataset/: videos to captioned, bucketed shards and a report
+	@$(PY) -m ingest --data "$$DATA" --work "$$WORK" $(config_flags) $(call flag,FFMPEG,ffmpeg)
+
+encode: $(READY) ## shards to one store of latents and text (SHARD=i/n: one machine's share)
+	@$(PY) -m encode $(store_flags) $(config_flags) $(call flag,SHARD,shard)
+
+status: $(READY) ## what the store holds, what is missing or stale
+	@$(PY) -m encode status $(store_flags) $(config_flags)
+
+train: $(READY) ## the store to an adapter; an unfinished run goes on (RESUME=no: a new one)
+	@$(PY) -m train $(store_flags) $(config_flags) $(run_flag) $(call flag,RESUME,resume)
+
+explain: $(READY) ## the resolved configuration, and where each value came from
+	@$(PY) -m train explain $(store_flags) $(config_flags)
+
+sample: $(READY) ## RUN=runs/... PROMPT="...": videos from a trained adapter
+	@$(PY) -m train sample $(store_flags) $(run_flag) $(call flag,PROMPT,prompt)
+
+export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA: convert a finished run
+	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format)
+
+test: $(READY) ## the tests, as CI runs them
+	@$(PY) -m pytest -m "not soak and not gpu"
+
+soak: $(READY) ## the fault and statistics tests with many more rounds
+	@$(PY) -m pytest -m "soak"
+
+check: $(READY) ## lint, types, walls, tests
+	@$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -m "not soak and not gpu"
+
+fmt: $(READY) ## format the code
+	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format .
+
+bench: $(READY) ## speed against baselines measured in the same run; a table and tests/bench/*.jsonl (ROWS=names)
+	@$(PY) -m tests.bench $(call flag,ROWS,rows)
+
+clean: ## remove caches and the demo's output; never your work/ or runs/
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache work/demo runs/demo *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""`make bench`: every item of tests/bench/bench_*.py, or those named by ROWS, as one table and JSON rows."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from tests.bench.harness import FOLDER, Pair, device, run, table
+
+
+def items() -> dict[str, Callable[[], Iterator[Pair]]]:
+    """All items by name, in the order of the files."""
+    found: dict[str, Callable[[], Iterator[Pair]]] = {}
+    for path in sorted(FOLDER.glob("bench_*.py")):
+        found |= importlib.import_module(f"tests.bench.{path.stem}").ITEMS
+    return found
+
+
+@click.command()
+@click.option("--rows", default="", help="Names of items, separated by commas; default: all.")
+@click.option("--out", type=click.Path(path_type=Path), default=FOLDER / "rows.jsonl", show_default=True)
+def main(rows: str, out: Path) -> None:
+    """Time prewan against baselines in the same run; ratios above 1 mean that prewan is faster."""
+    known = items()
+    wanted = [name.strip() for name in rows.split(",") if name.strip()] or list(known)
+    if unknown := sorted(set(wanted) - set(known)):
+        raise click.UsageError(f"ROWS={rows}: no item {', '.join(unknown)}; there are: {', '.join(known)}")
+    click.echo(f"device: {device()}")
+    measured = []
+    for name in wanted:
+        click.echo(f"{name} ...", err=True)
+        measured += run(known[name](), out)
+    click.echo(table(measured))
+
+
+if __name__ == "__main__":
+    main()
