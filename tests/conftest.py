@@ -1,4 +1,4 @@
-"""One thread per test process (busy cores make OpenMP spin), no network, a folder per test that is the working folder."""
+"""One thread per process (busy cores make OpenMP spin), and no network."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The walls between the rooms, the budgets of files and functions, the agreed top level: checked on the source itself."""
+"""The walls between the rooms, the budgets of files and functions, the agreed top level: read off the source."""
 
 import ast
 import subprocess
