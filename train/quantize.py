@@ -1,0 +1,288 @@
+"""Storage dtypes of frozen weights: codes and scales in plain tensors, made into weights only while these are used.
+
+Input: a Wan DiT. Output: the same module, the weights of the linear layers of its blocks in a StorageDtype; norms,
+embeddings, modulation, biases and everything Wan keeps in float32 stay as they are. A stored weight is dequantised in
+the forward and again in the backward and never kept by autograd, so a DiT takes the bytes of its codes and scales plus
+one matrix (bytes per weight: FLOAT_8 and INT_8 1 + 4 / inputs, NFLOAT_4 0.5625).
+
+Adapters may be added before or after; what is to be merged into the weights must be merged before.
+
+Names: O outputs, I inputs of a linear layer.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from shared.config import StorageDtype
+from shared.errors import ModelError
+
+# The 16 values of NF4 (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E)
+NF4_TABLE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+             1.0)  # fmt: skip
+NF4_BLOCK = 64  # weights per scale
+FP8_MAX = 448.0  # largest finite e4m3fn
+INT8_MAX = 127.0
+TINY = 1e-38  # floor of a block's largest magnitude, as in bitsandbytes: an all-zero block divides by it
+CHUNK = 1 << 22  # weights converted at a time, which bounds the float32 working memory to some tens of MB
+TORCH_DTYPES = {"FLOAT_32": torch.float32, "BFLOAT_16": torch.bfloat16, "FLOAT_16": torch.float16}
+
+
+class Stored(NamedTuple):
+    """A weight as stored: what the codes and the scale are depends on the storage dtype."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+class Scheme(NamedTuple):
+    """To codes: from rows of a float32 weight (rows a multiple of 64, or all). Back: (stored, (O, I), dtype)."""
+
+    encode: Callable[[Tensor], Stored]
+    decode: Callable[[Stored, tuple[int, int], torch.dtype], Tensor]
+
+
+def quantize_blocks(transformer: nn.Module, dtype: StorageDtype) -> None:
+    """Store the frozen weights of all linear layers under `blocks.` as `dtype`, in place; adapters are left alone.
+
+    A layer whose weight has that dtype already stays a plain linear layer. Raises ModelError on non-finite weights.
+    """
+    for name, linear in frozen_linears(transformer):
+        if linear.weight.dtype != TORCH_DTYPES.get(dtype):
+            replace_module(transformer, name, quantized(linear, dtype, name))
+
+
+def frozen_linears(transformer: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Names and plain linear layers of the blocks that are neither trained nor part of an adapter."""
+    return [
+        (name, module)
+        for name, module in transformer.named_modules()
+        if type(module) is nn.Linear
+        and name.startswith("blocks.")
+        and ".lora_" not in name
+        and not module.weight.requires_grad
+    ]
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is."""
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)
+
+
+def quantized(linear: nn.Linear, dtype: StorageDtype, name: str = "weight") -> "QuantizedLinear":
+    """A layer that computes what `linear` does, from a stored weight; it shares the bias."""
+    bias = None if linear.bias is None else linear.bias.detach()
+    return QuantizedLinear(store(linear.weight.detach(), dtype, name), (linear.out_features, linear.in_features), dtype,
+                           bias)  # fmt: skip
+
+
+def store(weight_OI: Tensor, dtype: StorageDtype, name: str = "weight") -> Stored:
+    """Codes and scales of a weight. Raises ModelError when it holds NaN or infinity."""
+    rows = max(NF4_BLOCK, CHUNK // weight_OI.shape[1] // NF4_BLOCK * NF4_BLOCK)
+    parts = [SCHEMES[dtype].encode(part.float()) for part in torch.split(weight_OI, rows)]
+    if not all(bool((part.scale if part.scale.numel() else part.codes).isfinite().all()) for part in parts):
+        raise ModelError(f"{name} holds NaN or infinity; the model file is damaged, download it again")
+    return Stored(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer that holds `codes` and `scale` as buffers. peft wraps it as it wraps any linear layer."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, stored: Stored, shape_OI: tuple[int, int], dtype: StorageDtype, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        self.out_features, self.in_features = shape_OI
+        self.storage_dtype = dtype
+        self.register_buffer("codes", stored.codes)
+        self.register_buffer("scale", stored.scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight, for those who ask (peft: shape, device and, in DoRA, norms); computed when it is used."""
+        return LazyWeight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b in the dtype of x, or of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result: Tensor = _StoredMatmul.apply(x, self.bias, self.codes, self.scale, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{super().extra_repr()}, storage={self.storage_dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """`.to(dtype)` must not round what is stored: let `fn` see the bytes only."""
+        kinds = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        for name in kinds:
+            self._buffers[name] = self.get_buffer(name).view(torch.uint8)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kind in kinds.items():
+            self._buffers[name] = self.get_buffer(name).view(kind)
+        return self
+
+
+class LazyWeight(Tensor):
+    """The (O, I) float32 weight of a QuantizedLinear, decoded by the operation that reads it; it cannot be changed."""
+
+    layer: QuantizedLinear
+
+    @staticmethod
+    def __new__(cls, layer: QuantizedLinear) -> "LazyWeight":
+        shape = (layer.out_features, layer.in_features)
+        lazy: LazyWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=layer.codes.device)
+        lazy.layer = layer
+        return lazy
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run `func` on decoded weights."""
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].layer)
+        if func._schema.is_mutable:
+            raise ModelError("a stored weight cannot be changed; merge adapters into the model before it is quantised")
+        args, kwargs = tree_map_only(cls, lambda lazy: restore(lazy.layer, torch.float32), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _StoredMatmul(torch.autograd.Function):
+    """x W^T + b. The codes are saved for the backward, which makes W once more; W itself is not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, layer: QuantizedLinear
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.layer = layer
+        weight_OI = decode(Stored(codes, scale), layer, x.dtype)
+        return F.linear(x, weight_OI, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_x = grad @ decode(Stored(*ctx.saved_tensors), ctx.layer, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None, None, None
+
+
+def restore(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    """The (O, I) weight of a layer, in `dtype`."""
+    return decode(Stored(layer.codes, layer.scale), layer, dtype)
+
+
+def decode(stored: Stored, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    """The (O, I) weight from codes and scale that may live elsewhere than in the layer."""
+    return SCHEMES[layer.storage_dtype].decode(stored, (layer.out_features, layer.in_features), dtype)
+
+
+def _to_fp8(rows_OI: Tensor) -> Stored:
+    scale_O1 = rows_OI.abs().amax(dim=1, keepdim=True).clamp_min(TINY * FP8_MAX) / FP8_MAX
+    return Stored((rows_OI / scale_O1).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_O1)
+
+
+def _to_int8(rows_OI: Tensor) -> Stored:
+    scale_O1 = rows_OI.abs().amax(dim=1, keepdim=True).clamp_min(TINY * INT8_MAX) / INT8_MAX
+    return Stored((rows_OI / scale_O1).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale_O1)
+
+
+def _from_scaled(stored: Stored, shape_OI: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The product is computed in float32 and rounded once; codes are exact in every float dtype."""
+    if stored.codes.is_cuda or dtype == torch.float32:
+        return stored.codes.to(dtype).mul_(stored.scale)
+    weight = torch.empty(shape_OI, dtype=dtype)  # torch's CPU has no fast kernel of mixed dtypes
+    rows = max(1, CHUNK // shape_OI[1])
+    for start in range(0, shape_OI[0], rows):
+        part = slice(start, start + rows)
+        weight[part] = stored.codes[part].float().mul_(stored.scale[part])
+    return weight
+
+
+def _to_nf4(rows_OI: Tensor) -> Stored:
+    """Two 4-bit codes per byte, the first one high, and the largest magnitude of each 64 weights in reading order.
+
+    Multiplying by the reciprocal, and the lower code on a tie, make the codes those of bitsandbytes 0.50
+    (bitsandbytes-foundation/bitsandbytes, bitsandbytes/backends/default/ops.py, quantize_4bit).
+    """
+    flat = rows_OI.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    largest = blocks.abs().amax(dim=1)
+    table = rows_OI.new_tensor(NF4_TABLE)
+    scaled = blocks * (1.0 / largest.clamp_min(TINY)).unsqueeze(1)
+    nearest = torch.bucketize(scaled.clamp_(-1, 1), (table[:-1] + table[1:]) / 2, out_int32=True)
+    codes = nearest.to(torch.uint8).flatten()
+    return Stored((codes[0::2] << 4) | codes[1::2], largest)
+
+
+def _from_nf4(stored: Stored, shape_OI: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Table value times block scale in float32, rounded once; by bitsandbytes' kernel where that is installed."""
+    count = shape_OI[0] * shape_OI[1]
+    if _has_bitsandbytes() and stored.codes.is_cuda and count == 2 * len(stored.codes):
+        return _from_nf4_by_bitsandbytes(stored, shape_OI, dtype)
+    table = torch.tensor(NF4_TABLE, device=stored.codes.device)
+    pairs = torch.cartesian_prod(table, table)  # the two weights of each of the 256 bytes
+    weight = torch.empty(2 * len(stored.codes), dtype=dtype, device=stored.codes.device)
+    step = CHUNK // NF4_BLOCK
+    for start in range(0, len(stored.scale), step):
+        scale = stored.scale[start : start + step].unsqueeze(1)
+        codes = stored.codes[start * NF4_BLOCK // 2 : (start + step) * NF4_BLOCK // 2]
+        values = pairs[codes.int()].view(-1, NF4_BLOCK) * scale
+        weight[start * NF4_BLOCK : (start + step) * NF4_BLOCK] = values.flatten()
+    return weight[:count].view(shape_OI)
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _from_nf4_by_bitsandbytes(stored: Stored, shape_OI: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    importlib.import_module("bitsandbytes")  # registers the operator
+
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        stored.codes.unsqueeze(1), stored.scale, NF4_BLOCK, "nf4", shape_OI, dtype
+    )
+    return weight
+
+
+def _cast(dtype: torch.dtype) -> Scheme:
+    def encode(rows_OI: Tensor) -> Stored:
+        return Stored(rows_OI.to(dtype), rows_OI.new_empty(0))
+
+    def decode_cast(stored: Stored, shape_OI: tuple[int, int], wanted: torch.dtype) -> Tensor:
+        return stored.codes.to(wanted)
+
+    return Scheme(encode, decode_cast)
+
+
+SCHEMES: dict[str, Scheme] = {
+    **{name: _cast(dtype) for name, dtype in TORCH_DTYPES.items()},
+    "FLOAT_8": Scheme(_to_fp8, _from_scaled),
+    "INT_8": Scheme(_to_int8, _from_scaled),
+    "NFLOAT_4": Scheme(_to_nf4, _from_nf4),
+}
+assert set(SCHEMES) == set(get_args(StorageDtype))
+
+
+def stored_bytes(shape_OI: Sequence[int], dtype: StorageDtype) -> int:
+    """Bytes of codes and scales of an (O, I) weight."""
+    outputs, inputs = shape_OI
+    if dtype in TORCH_DTYPES:
+        return outputs * inputs * TORCH_DTYPES[dtype].itemsize
+    if dtype == "NFLOAT_4":
+        blocks = -(-outputs * inputs // NF4_BLOCK)
+        return blocks * (NF4_BLOCK // 2 + 4)
+    return outputs * (inputs + 4)
