@@ -252,6 +252,27 @@ class Config(Strict):
 
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
 BUILT: dict[str, tuple[Any, ...]] = {}
+# Likewise, but refused by train alone: presets that ingest and encode read too may name them.
+BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
+    "training_method": ("LORA",),
+    "prior.prediction": (False,),
+    "video_config.temporal_consistency_weight": (0.0,),
+    "video_config.frame_dropout_probability": (0.0,),
+    "first_frame_conditioning_probability": (0.0,),
+    "transformer.train": (True,),
+    "transformer.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16"),
+    "text_encoder.train": (False,),
+    "train_dtype": ("FLOAT_32", "BFLOAT_16"),
+    "layer_offload_fraction": ("AUTO", 0.0),
+    "compile": (False,),
+    "attention": ("AUTO", "SDPA"),
+    "optimizer.name": ("ADAMW", "ADAFACTOR", "MUON"),
+    "optimizer.rounding": ("NEAREST",),
+    "peft_type": ("LORA",),
+    "resume_from_adapter": (None,),
+    "base_adapters": ((),),
+    "output_model_format": ("COMFY_LORA", "DIFFUSERS_LORA"),
+}
 
 
 def leaf_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -175,9 +175,9 @@ def value_at(config: Config, key: str) -> Any:
     return value
 
 
-def refuse_unbuilt(config: Config, sources: dict[str, str]) -> None:
+def refuse_unbuilt(config: Config, sources: dict[str, str], table: dict[str, tuple[Any, ...]] = BUILT) -> None:
     """Raise ConfigError for the first key whose value has no effect in this version."""
-    for key, built in BUILT.items():
+    for key, built in table.items():
         value = value_at(config, key)
         if value not in built:
             allowed = " or ".join(json.dumps(item) for item in built)
