@@ -6,7 +6,8 @@ gradient is that of the stock model.
 
 What is saved, each by algebra (diffusers 0.42.1, models/transformers/transformer_wan.py):
 - Wan attends to all 512 text rows without a mask. The zero rows all become the same key and value, so n of them equal
-  one row whose attention scores are raised by log(n). Cutting them off instead would change the output.
+  one row whose attention scores are raised by log(n). Cutting them off instead would change the output. (Only adapter
+  dropout tells them apart: it then draws one mask for the padding instead of n.)
 - The text projection is applied once per caption, while it is frozen.
 - Timesteps: the few distinct ones are embedded, and tokens index them.
 - LoRA layers that read one input (q, k, v) share one product with their stacked A matrices, and x keeps its dtype.
