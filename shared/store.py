@@ -89,6 +89,14 @@ class DatasetList(Record):
     id: str
     samples: tuple[ListedSample, ...]
     texts: dict[str, str]  # caption key -> text, of every caption of the samples
+    recipes: dict[Kind, str] = Field(
+        default_factory=dict
+    )  # recipe_key of the units to read, per kind: others are stale
+
+
+def recipe_key(recipe: dict[str, Any]) -> str:
+    """Name of a recipe, as dataset lists hold it."""
+    return fingerprint(recipe=recipe)
 
 
 def open_store(path: Path) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import StoreError
-from shared.store import TEXT_CHUNK, Marker, TextRow, open_store, read_markers
+from shared.store import TEXT_CHUNK, Marker, TextRow, open_store, read_datasets, read_markers, recipe_key
 
 CRC_RESIDUE = 0x48674BC7  # crc32c of any bytes followed by their own little-endian crc32c
 MISSING = 2**64 - 1  # offset of a chunk that was never written (zarr v3 sharding specification)
@@ -61,16 +61,26 @@ class Text:
     ids_S: NDArray[np.int32]
 
 
+def fresh_units(store: Path) -> list[Marker]:
+    """Units of a store without the stale ones: of each kind, those whose recipe a dataset list names, if any does."""
+    wanted: dict[str, set[str]] = {}
+    for dataset in read_datasets(open_store(store)):
+        for kind, recipe in dataset.recipes.items():
+            wanted.setdefault(kind, set()).add(recipe)
+    return [marker for marker in read_markers(store)
+            if marker.kind not in wanted or recipe_key(marker.recipe) in wanted[marker.kind]]  # fmt: skip
+
+
 class StoreReader:
     """Rows of one or more stores by key. Where several units hold the same rows, the lowest unit id is read."""
 
     def __init__(self, stores: Iterable[Path], accept: "set[str] | None" = None) -> None:
-        """`accept`: ids of the units to use; None uses all."""
+        """`accept`: ids of the units to use; None: those made by the recipes that the stores' dataset lists name."""
         self.latents: dict[str, tuple[Path, Marker]] = {}
         self.cond: dict[str, tuple[Path, Marker]] = {}
         self.texts: dict[str, tuple[Path, Marker]] = {}
         for store in stores:
-            for marker in read_markers(open_store(store)):
+            for marker in fresh_units(store) if accept is None else read_markers(open_store(store)):
                 if accept is None or marker.id in accept:
                     self._add(store, marker)
         self._file = lru_cache(maxsize=None)(ArrayFile)

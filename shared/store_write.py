@@ -7,6 +7,7 @@ A unit's id is the hash of what it was made from plus the sha256 of its data, so
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from shared.errors import StoreError
-from shared.files import sha256_of, sync_folder, write_json
+from shared.files import PART, sha256_of, sync, write_json
 from shared.keys import fingerprint
 from shared.store import GROUP_METADATA, TEXT_CHUNK, FileRecord, Kind, Marker, TextRow, marker_path
 
@@ -41,10 +42,10 @@ def write_array(folder: Path, values: Array, inner_chunk: tuple[int, ...]) -> No
     array[...] = values
 
 
-def as_float16(values: NDArray[np.float32], names: list[str]) -> NDArray[np.float16]:
+def as_float16(values: NDArray[np.float32] | NDArray[np.float16], names: list[str]) -> NDArray[np.float16]:
     """Cast rows to float16; a value that is not finite afterwards is an error that names its row, never replaced."""
     with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
+        half = values.astype(np.float16, copy=False)
     for row, name in zip(half, names, strict=True):
         if not np.isfinite(row).all():
             raise StoreError(
@@ -59,33 +60,41 @@ class UnitDraft:
 
     def __init__(self, store: Path, kind: Kind, made_from: dict[str, Any], recipe: dict[str, Any]) -> None:
         self.store, self.kind, self.made_from, self.recipe = store, kind, made_from, recipe
-        self.folder = store / kind / f"{fingerprint(made_from=made_from, recipe=recipe)}.part"
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # a name of its own: two machines may make the same unit at the same time
+        self.folder = store / kind / f"{fingerprint(made_from=made_from, recipe=recipe)}.{uuid4().hex[:8]}{PART}"
 
     def commit(self, shape: tuple[int, ...], **fields: Any) -> Marker:
         """Name the unit by its content, move it into place, write the marker; returns the marker."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        for path in files:
+            sync(path)
         sums = {path.relative_to(self.folder).as_posix(): (path.stat().st_size, sha256_of(path)) for path in files}
         unit = fingerprint(
             made_from=self.made_from, recipe=self.recipe, data={name: sha for name, (_, sha) in sums.items()}
         )
-        final = self.store / self.kind / unit
-        if final.exists():  # the same bytes, left without a marker by a crash, or written by another machine
-            shutil.rmtree(final)
-        self.folder.rename(final)
-        sync_folder(final.parent)
-        records = tuple(
-            FileRecord(path=f"{self.kind}/{unit}/{name}", size=size, sha256=sha)
-            for name, (size, sha) in sorted(sums.items())
-        )
-        marker = Marker(
-            id=unit, kind=self.kind, made_from=self.made_from, recipe=self.recipe, shape=shape, files=records, **fields
-        )
+        self._move_to(self.store / self.kind / unit, sums)
+        records = tuple(FileRecord(path=f"{self.kind}/{unit}/{name}", size=size, sha256=sha)
+                        for name, (size, sha) in sorted(sums.items()))  # fmt: skip
+        marker = Marker(id=unit, kind=self.kind, made_from=self.made_from, recipe=self.recipe, shape=shape,
+                        files=records, **fields)  # fmt: skip
         write_json(marker_path(self.store, unit), marker.model_dump(mode="json"))
         return marker
 
+    def _move_to(self, final: Path, sums: dict[str, tuple[int, str]]) -> None:
+        """Rename the draft; the same unit, left without a marker by a crash or made by another machine, is kept."""
+        if final.exists() and all(
+            (final / name).is_file() and sha256_of(final / name) == sha for name, (_, sha) in sums.items()
+        ):
+            shutil.rmtree(self.folder)
+            return
+        if final.exists():
+            shutil.rmtree(final)
+        self.folder.rename(final)
+        sync(final.parent)
 
-def write_latents(draft: UnitDraft, keys: list[str], latents_nCThw: NDArray[np.float32], vae_kind: str) -> Marker:
+
+def write_latents(draft: UnitDraft, keys: list[str], latents_nCThw: NDArray[np.float32] | NDArray[np.float16],
+                  vae_kind: str) -> Marker:  # fmt: skip
     """Commit a unit of normalised latents, one row per sample key, in order."""
     half = as_float16(latents_nCThw, keys)
     write_array(draft.folder, half, (1, *half.shape[1:]))

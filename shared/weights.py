@@ -4,16 +4,27 @@ Input: a ModelSpec. Output: modules in eval mode, frozen, on the CPU. Weights th
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
-from shared.files import sha256_of
+from shared.files import atomic_write, sha256_of
 from shared.keys import fingerprint
 from shared.models import ModelSpec, refuse_unsupported
 
+REMEMBERED_SIZE = 64 * 2**20  # bytes; hashing smaller files again takes no time
+DTYPES = {"FLOAT_32": "float32", "BFLOAT_16": "bfloat16", "FLOAT_16": "float16"}
 
-def model_folder(spec: ModelSpec, parts: tuple[str, ...]) -> Path:
+
+def torch_dtype(name: str) -> Any:
+    """torch.bfloat16 of the setting 'BFLOAT_16', and so on."""
+    import torch
+
+    return getattr(torch, DTYPES[name])
+
+
+def model_folder(spec: ModelSpec, parts: tuple[str, ...], download: bool = True) -> Path:
     """Local folder that holds the named sub-folders of the model; a Hub id is downloaded, only those parts of it."""
     folder = Path(spec.repo).expanduser()
     if not folder.is_dir():
@@ -22,7 +33,7 @@ def model_folder(spec: ModelSpec, parts: tuple[str, ...]) -> Path:
 
         try:
             patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
-            folder = Path(snapshot_download(spec.repo, allow_patterns=patterns))
+            folder = Path(snapshot_download(spec.repo, allow_patterns=patterns, local_files_only=not download))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ModelError(
                 f"{spec.repo}: cannot be downloaded ({str(error).splitlines()[0]}); check the network, or "
@@ -58,6 +69,9 @@ def load_text_encoder(spec: ModelSpec, dtype: Any) -> tuple[Any, Any]:
     """(tokenizer, UMT5EncoderModel in `dtype`); frozen. Asserts the tied embedding that early transformers 5 lost."""
     from transformers import AutoTokenizer, UMT5EncoderModel
 
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar is enough: the caller's
     folder = model_folder(spec, ("text_encoder", "tokenizer"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
@@ -67,7 +81,7 @@ def load_text_encoder(spec: ModelSpec, dtype: Any) -> tuple[Any, Any]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hash of every config and weight file in a model sub-folder: names and bytes (about 1 GB/s)."""
+    """Hash of every config and weight file in a model sub-folder: names and bytes (about 1 GB/s, once per file)."""
     files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".model"})
     if not files:
         raise ModelError(f"{folder} holds no weights")
@@ -75,7 +89,15 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def _content_name(path: Path) -> str:
-    """sha256 of a file; the Hub's own store names large files by it, which saves reading them."""
+    """sha256 of a file, not computed where it is known: the Hub names large files by it, others are remembered."""
     target = path.resolve()
-    is_sha256 = len(target.name) == hashlib.sha256().digest_size * 2 and target.parent.name == "blobs"
-    return target.name if is_sha256 else sha256_of(path)
+    if len(target.name) == hashlib.sha256().digest_size * 2 and target.parent.name == "blobs":
+        return target.name
+    if (facts := target.stat()).st_size < REMEMBERED_SIZE:
+        return sha256_of(target)
+    identity = fingerprint(path=str(target), size=facts.st_size, changed=facts.st_mtime_ns)
+    note = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan" / "sha256" / identity
+    if not note.is_file():
+        with atomic_write(note) as file:
+            file.write(sha256_of(target).encode())
+    return note.read_text()
