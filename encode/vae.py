@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ from torch import Tensor, nn
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; the first latent frame holds one pixel frame
 
 ConvKind = Literal["conv3d"]
+Layer = Any  # a module of the VAE; diffusers types none of their attributes
 
 
 @dataclass
@@ -144,34 +145,34 @@ def _pixel_frames(latent_frames: int) -> int:
     return max(0, 1 + FRAMES_PER_LATENT * (latent_frames - 1))
 
 
-def _encoder(encoder: nn.Module, hidden: Tensor, trip: Trip) -> Tensor:
+def _encoder(encoder: Layer, hidden: Tensor, trip: Trip) -> Tensor:
     hidden = _causal_conv(hidden, encoder.conv_in, trip)
     hidden = _walk(encoder.down_blocks, hidden, trip)
     hidden = _middle(encoder.mid_block, hidden, trip)
     return _causal_conv(_norm_silu(hidden, encoder.norm_out), encoder.conv_out, trip)
 
 
-def _decoder(decoder: nn.Module, hidden: Tensor, trip: Trip) -> Tensor:
+def _decoder(decoder: Layer, hidden: Tensor, trip: Trip) -> Tensor:
     hidden = _causal_conv(hidden, decoder.conv_in, trip)
     hidden = _middle(decoder.mid_block, hidden, trip)
     hidden = _walk(decoder.up_blocks, hidden, trip)
     return _causal_conv(_norm_silu(hidden, decoder.norm_out), decoder.conv_out, trip)
 
 
-def _walk(layers: Iterable[nn.Module], hidden: Tensor, trip: Trip) -> Tensor:
+def _walk(layers: Iterable[Layer], hidden: Tensor, trip: Trip) -> Tensor:
     for layer in layers:
         hidden = _WALKERS[type(layer)](hidden, layer, trip)
     return hidden
 
 
-def _middle(block: nn.Module, hidden: Tensor, trip: Trip) -> Tensor:
+def _middle(block: Layer, hidden: Tensor, trip: Trip) -> Tensor:
     hidden = _residual(hidden, block.resnets[0], trip)
     for attention, residual in zip(block.attentions, block.resnets[1:], strict=True):
         hidden = _residual(_attention(hidden, attention, trip), residual, trip)
     return hidden
 
 
-def _residual(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
+def _residual(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
     """Norm, SiLU, convolution, twice, plus a shortcut. Dropout is left out: no Wan VAE has any."""
     shortcut = hidden if isinstance(block.conv_shortcut, nn.Identity) else _pointwise(hidden, block.conv_shortcut)
     hidden = _causal_conv(_norm_silu(hidden, block.norm1), block.conv1, trip)
@@ -179,7 +180,7 @@ def _residual(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
     return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
-def _residual_down(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
+def _residual_down(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
     shortcut = block.avg_shortcut(hidden)  # identity 3: the stock module is right for any number of frames
     hidden = _walk(block.resnets, hidden, trip)
     if block.downsampler is not None:
@@ -187,7 +188,7 @@ def _residual_down(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
     return hidden + shortcut
 
 
-def _residual_up(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
+def _residual_up(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
     inputs = hidden
     hidden = _walk(block.resnets, hidden, trip)
     if block.upsampler is not None:
@@ -197,12 +198,12 @@ def _residual_up(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
     return hidden + block.avg_shortcut(inputs, first_chunk=trip.first)  # identity 5
 
 
-def _up(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
+def _up(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
     hidden = _walk(block.resnets, hidden, trip)
     return hidden if block.upsamplers is None else _walk(block.upsamplers, hidden, trip)
 
 
-def _resample(hidden: Tensor, layer: nn.Module, trip: Trip) -> Tensor:
+def _resample(hidden: Tensor, layer: Layer, trip: Trip) -> Tensor:
     """Halve or double the sides, and, in the 3d modes, the frames after the clip's first one."""
     if layer.mode == "upsample3d":
         hidden = _double_frames(hidden, layer.time_conv, trip)
@@ -217,7 +218,7 @@ def _resample(hidden: Tensor, layer: nn.Module, trip: Trip) -> Tensor:
     return _halve_frames(hidden, layer.time_conv, trip) if layer.mode == "downsample3d" else hidden
 
 
-def _halve_frames(hidden: Tensor, conv: nn.Conv3d, trip: Trip) -> Tensor:
+def _halve_frames(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     """Identity 2: (B, C, 1 + 2n, H, W) to 1 + n frames at the clip's start, 2n to n frames later."""
     past = trip.recall(conv, hidden, 1)
     if past is not None:
@@ -227,18 +228,18 @@ def _halve_frames(hidden: Tensor, conv: nn.Conv3d, trip: Trip) -> Tensor:
     return torch.cat([hidden[:, :, :1], F.conv3d(hidden, conv.weight, conv.bias, stride=(2, 1, 1))], 2)
 
 
-def _double_frames(hidden: Tensor, conv: nn.Conv3d, trip: Trip) -> Tensor:
+def _double_frames(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     """Identity 4: (B, C, 1 + n, H, W) to 1 + 2n frames at the clip's start, n to 2n frames later."""
     skipped = 1 if trip.first else 0
     head, tail = hidden[:, :, :skipped], hidden[:, :, skipped:]
     if tail.shape[2] == 0:
         return head
-    doubled = _causal_conv(tail, conv, trip).unflatten(1, (2, -1))  # (B, 2, C, n, H, W)
-    doubled = doubled.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # the two halves take turns in time
+    first, second = _causal_conv(tail, conv, trip).chunk(2, dim=1)
+    doubled = torch.stack([first, second], dim=3).flatten(2, 3)  # the two halves take turns in time
     return torch.cat([head, doubled], 2) if skipped else doubled
 
 
-def _attention(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
+def _attention(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
     """One head of self-attention inside each frame."""
     frames_NCHW = _norm(_frames(hidden), block.norm)
     tokens = frames_NCHW.flatten(2).transpose(1, 2)
@@ -246,11 +247,11 @@ def _attention(hidden: Tensor, block: nn.Module, trip: Trip) -> Tensor:
     query, key, value = qkv.unsqueeze(1).chunk(3, dim=-1)
     tokens = F.scaled_dot_product_attention(query, key, value).squeeze(1)
     tokens = F.linear(tokens, block.proj.weight.flatten(1), block.proj.bias)
-    frames_NCHW = tokens.transpose(1, 2).unflatten(2, frames_NCHW.shape[2:])
+    frames_NCHW = tokens.transpose(1, 2).reshape(frames_NCHW.shape)
     return hidden + _clips(frames_NCHW, hidden.shape[0])
 
 
-def _causal_conv(hidden: Tensor, conv: nn.Conv3d, trip: Trip) -> Tensor:
+def _causal_conv(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     """Identity 1: same-size convolution that looks back only; before the clip's start there are zeros."""
     depth = conv.kernel_size[0] - 1
     padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
@@ -261,7 +262,7 @@ def _causal_conv(hidden: Tensor, conv: nn.Conv3d, trip: Trip) -> Tensor:
     return F.conv3d(padded, conv.weight, conv.bias, padding=padding)
 
 
-def _pointwise(hidden: Tensor, conv: nn.Conv3d) -> Tensor:
+def _pointwise(hidden: Tensor, conv: Layer) -> Tensor:
     return F.conv3d(hidden, conv.weight, conv.bias)
 
 
@@ -285,7 +286,7 @@ def _frames(hidden: Tensor) -> Tensor:
 
 def _clips(frames_NCHW: Tensor, batch: int) -> Tensor:
     """The inverse of `_frames`."""
-    return frames_NCHW.unflatten(0, (batch, -1)).transpose(1, 2)
+    return frames_NCHW.reshape(batch, -1, *frames_NCHW.shape[1:]).transpose(1, 2)
 
 
 _WALKERS = {

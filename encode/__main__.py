@@ -1,0 +1,154 @@
+"""`python -m encode`: from shards to a store of latents and text that any machine can train from.
+
+Without a sub-command it makes what is missing or stale and says why; it can be stopped and started at any time.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from encode.lock import writing
+from encode.plan import Part, Plan, Recipe, dataset_list, make_plan, wanted_captions
+from encode.preview import preview, read_latents
+from encode.recipe import recipes, text_recipe
+from encode.status import describe
+from shared.bucket import Bucket
+from shared.cli import Group, config_options, work_option
+from shared.errors import DatasetError
+from shared.files import read_json
+from shared.keys import caption_key
+from shared.models import ModelSpec
+from shared.progress import progress
+from shared.resolve import Choice, Resolved, resolve
+from shared.shards import Index, index_path, read_index
+from shared.store import Kind, create_store, open_store, read_datasets, read_markers, write_dataset
+
+Command = Callable[..., Any]
+EMPTY = Index(dataset="", ingest_version=0)  # no samples: only texts are made
+
+
+def store_option(command: Command) -> Command:
+    """--store: where the latents are."""
+    return click.option("--store", type=click.Path(path_type=Path), help="Latent store; default: WORK/latents.zarr.")(
+        command
+    )
+
+
+@click.group(cls=Group, invoke_without_command=True)
+@work_option
+@store_option
+@click.option("--shard", default="", help="Share of the work: 2/4 is the second of four machines.")
+@config_options
+@click.pass_context
+def main(context: click.Context, work: Path, store: Path | None, shard: str, choice: Choice) -> None:
+    """Encode clips with the VAE and captions with UMT5 into WORK/latents.zarr; only what is missing or stale."""
+    if context.invoked_subcommand is None:
+        encode(work, store or work / "latents.zarr", Part.parse(shard), resolve(choice, work / "config.json"))
+
+
+def encode(work: Path, store: Path, part: Part, resolved: Resolved) -> None:
+    """Make what the store lacks of this part, then say what is trained."""
+    index = read_index(work)
+    check_geometry(index, resolved.spec)
+    with writing(store, part):
+        wanted = recipes(resolved.config, resolved.spec)
+        create_store(store)
+        captions = wanted_captions(index, resolved.config)
+        plan = make_plan(index, captions, wanted, read_markers(store), part)
+        say(plan, index)
+        if plan.rows:
+            from encode.worker import Job, run  # torch and diffusers: seconds that an up-to-date store does not need
+
+            with progress("encode", plan.rows) as advance:
+                run(Job(work, store, resolved.config, resolved.spec, wanted), plan, advance)
+        write_dataset(store, dataset_list(index, wanted))
+    click.echo(f"{store}: complete" + (f" (part {part})" if part.count > 1 else ""))
+
+
+def say(plan: Plan, index: Index) -> None:
+    """What will be made, and why."""
+    if not index.samples:
+        raise DatasetError(
+            "the index has no samples: ingest kept none of the clips; see report.html in the work folder"
+        )
+    for (kind, reason), count in sorted(plan.reasons.items()):
+        click.echo(f"{count} {kind}: {reason}")
+    if not plan.rows:
+        click.echo("nothing to do: every row is there and fresh")
+
+
+def check_geometry(index: Index, spec: ModelSpec) -> None:
+    """Raise DatasetError when the model cannot take the sizes that were ingested."""
+    for bucket in sorted({sample.bucket for sample in index.samples}):
+        if not fits(bucket, spec):
+            raise DatasetError(f"the shards hold {bucket} samples; {spec.name} needs sides that are multiples of "
+                               f"{spec.grid} and 4n+1 frames; run: make ingest MODEL={spec.name}")  # fmt: skip
+
+
+def fits(bucket: Bucket, spec: ModelSpec) -> bool:
+    """Whether a model can train on samples of this size."""
+    return (
+        bucket.height % spec.grid == bucket.width % spec.grid == 0 and bucket.num_frames % spec.vae.stride_THW[0] == 1
+    )
+
+
+@main.command()
+@work_option
+@store_option
+@config_options
+def status(work: Path, store: Path | None, choice: Choice) -> None:
+    """What the store holds, and what is missing or stale."""
+    store, resolved = store or work / "latents.zarr", resolve(choice, work / "config.json")
+    markers = read_markers(open_store(store)) if store.is_dir() or not index_path(work).is_file() else []
+    plan = None
+    if index_path(work).is_file():
+        index = read_index(work)
+        wanted = recipes(resolved.config, resolved.spec, download=False)
+        plan = make_plan(index, wanted_captions(index, resolved.config), wanted, markers, Part())
+    click.echo("\n".join(describe(store, markers, read_datasets(store), plan)))
+
+
+@main.command()
+@work_option
+@store_option
+@config_options
+@click.option("--prompt", "texts", multiple=True, help="A text to embed; may be given several times.")
+@click.option("--file", type=click.Path(path_type=Path, exists=True), help="JSON list of texts to embed.")
+def prompts(work: Path, store: Path | None, choice: Choice, texts: tuple[str, ...], file: Path | None) -> None:
+    """Embed texts into the store, where they are missing: sample prompts that were not known when it was made."""
+    store, resolved = store or work / "latents.zarr", resolve(choice, work / "config.json")
+    wanted = {caption_key(text): text for text in (*texts, *(read_json(file) if file else ()))}
+    create_store(store)
+    with writing(store, Part(), name="prompts"):
+        recipe: dict[Kind, Recipe] = {"text": text_recipe(resolved.config, resolved.spec)}
+        plan = make_plan(EMPTY, wanted, recipe, read_markers(store), Part())
+        if plan.rows:
+            from encode.worker import Job, run
+
+            run(Job(work, store, resolved.config, resolved.spec, recipe), plan, lambda count: None)
+    click.echo(f"{store}: {plan.rows} texts embedded, {len(wanted) - plan.rows} were there")
+
+
+@main.command()
+@work_option
+@config_options
+@click.option("--latents", "files", type=click.Path(path_type=Path, exists=True), multiple=True, required=True,
+              help="Safetensors file of latents; several are shown side by side.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the videos and sheet.png.")
+@click.option("--fps", type=float, help="Frames per second; default: the model's own.")
+def decode(work: Path, choice: Choice, files: tuple[Path, ...], out: Path, fps: float | None) -> None:
+    """Decode latents to MP4 files and one contact sheet."""
+    resolved = resolve(choice, work / "config.json")
+    latents = [read_latents(path) for path in files]
+    from encode.worker import device
+    from shared.weights import load_vae, torch_dtype
+
+    vae = load_vae(resolved.spec, torch_dtype(resolved.config.vae.weight_dtype)).to(device())
+    for path in preview(vae, latents, out, fps or resolved.spec.fps):
+        click.echo(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How much to encode at once: batch and chunk chosen from free memory, halved when memory runs out all the same.
+
+Neither changes what is encoded: clips of a batch do not meet, and chunks are exact (encode/vae.py). Spatial tiling
+would change latents and is never chosen here.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+
+from encode.vae import FRAMES_PER_LATENT, encode_mode
+from shared.bucket import Bucket
+from shared.errors import ModelError
+
+SHARE_OF_FREE = 0.6  # the rest is for the decoder's queue, the writer and fragmentation
+WIDE_TENSORS = (
+    5  # tensors of the widest layer alive at once: input, padded input, output, norm in float32 (counts twice)
+)
+PIXELS_PER_BATCH = {"cpu": 2**19, "cuda": 2**24}  # beyond this many pixels a batch gains nothing
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Clips per pass, and latent frames per pass (None: the whole clip)."""
+
+    batch: int
+    chunk: int | None
+
+    def halved(self) -> "Effort | None":
+        """The next smaller effort, None when there is none: first fewer clips, then fewer frames."""
+        if self.batch > 1:
+            return replace(self, batch=self.batch // 2)
+        if self.chunk is None or self.chunk > 1:
+            return replace(self, chunk=4 if self.chunk is None else self.chunk // 2)
+        return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def choose_effort(vae: Any, bucket: Bucket, device: torch.device) -> Effort:
+    """Batch and chunk for clips of a bucket."""
+    pixels = bucket.height * bucket.width // (vae.config.patch_size or 1) ** 2
+    bytes_per_frame = WIDE_TENSORS * vae.config.base_dim * pixels * vae.dtype.itemsize
+    frames = int(free_memory(device) * SHARE_OF_FREE) // bytes_per_frame
+    if frames < bucket.num_frames:
+        return Effort(1, max(1, frames // FRAMES_PER_LATENT))
+    useful = max(1, PIXELS_PER_BATCH[device.type] // (bucket.num_frames * bucket.height * bucket.width))
+    return Effort(min(frames // bucket.num_frames, useful), None)
+
+
+def encode_within_memory(vae: Any, video_BCTHW: torch.Tensor, effort: Effort) -> tuple[torch.Tensor, Effort]:
+    """Normalised latents of a batch, in smaller passes when memory runs out; returns the effort that worked."""
+    while True:
+        try:
+            with torch.no_grad():
+                parts = [encode_clips(vae, clips, effort.chunk) for clips in torch.split(video_BCTHW, effort.batch)]
+            return torch.cat(parts), effort
+        except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            smaller = effort.halved()
+            if not _is_out_of_memory(error):
+                raise
+        if smaller is None:
+            size = "x".join(map(str, video_BCTHW.shape[2:]))
+            raise ModelError(f"one clip of {size} (frames x height x width) does not fit into memory, even one latent "
+                             "frame at a time; free memory, or ingest at a smaller resolution")  # fmt: skip
+        effort = smaller
+        torch.cuda.empty_cache()
+
+
+def encode_clips(vae: Any, video_BCTHW: torch.Tensor, chunk: int | None) -> torch.Tensor:
+    """One pass per chunk; stock tiled encoding when the user asked for tiling."""
+    if vae.use_tiling:
+        from encode.vae import normalise
+
+        return normalise(vae, vae.encode(video_BCTHW).latent_dist.mode())
+    return encode_mode(vae, video_BCTHW, chunk)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CPU allocations fail with a plain RuntimeError of this text (c10/core/impl/alloc_cpu.cpp)."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
