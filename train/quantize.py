@@ -85,10 +85,12 @@ def quantized(linear: nn.Linear, dtype: StorageDtype, name: str = "weight") -> "
                            bias)  # fmt: skip
 
 
-def store(weight_OI: Tensor, dtype: StorageDtype, name: str = "weight") -> Stored:
-    """Codes and scales of a weight. Raises ModelError when it holds NaN or infinity."""
+def store(weight_OI: Tensor, dtype: StorageDtype, name: str = "weight", device: torch.device | None = None) -> Stored:
+    """Codes and scales of a weight, computed on `device`, where the weight is. Raises ModelError on NaN or infinity."""
     rows = max(NF4_BLOCK, CHUNK // weight_OI.shape[1] // NF4_BLOCK * NF4_BLOCK)
-    parts = [SCHEMES[dtype].encode(part.float()) for part in torch.split(weight_OI, rows)]
+    home = weight_OI.device
+    chunks = (part.to(device or home).float() for part in torch.split(weight_OI, rows))
+    parts = [Stored(*(part.to(home) for part in SCHEMES[dtype].encode(chunk))) for chunk in chunks]
     if not all(bool((part.scale if part.scale.numel() else part.codes).isfinite().all()) for part in parts):
         raise ModelError(f"{name} holds NaN or infinity; the model file is damaged, download it again")
     return Stored(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
