@@ -161,14 +161,14 @@ def test_identity_2_temporal_downsampling_keeps_frame_0_and_convolves_all_frames
     torch.manual_seed(0)
     layer, hidden = WanResample(4, mode="downsample3d").double(), features(9)
     cache: list[Any] = [None]
-    stock = [layer(part, feat_cache=cache, feat_idx=[0]) for part in hidden.split([1, 4, 4], dim=2)]
+    stock = [layer(part, feat_cache=cache, feat_idx=[0]) for part in torch.split(hidden, [1, 4, 4], dim=2)]
     assert_close(subject._resample(hidden, layer, Trip()), torch.cat(stock, 2))
 
 
 @torch.no_grad()
 def test_identity_3_average_pooling_pads_in_front_so_groups_do_not_depend_on_chunks() -> None:
     layer, hidden = AvgDown3D(4, 8, factor_t=2, factor_s=2), features(9)
-    chunks = [layer(part) for part in hidden.split([1, 4, 4], dim=2)]
+    chunks = [layer(part) for part in torch.split(hidden, [1, 4, 4], dim=2)]
     assert_close(layer(hidden), torch.cat(chunks, 2))
 
 
@@ -177,12 +177,12 @@ def test_identity_4_temporal_upsampling_passes_frame_0_by_and_starts_from_zeros(
     torch.manual_seed(0)
     layer, hidden = WanResample(4, mode="upsample3d", upsample_out_dim=4).double(), features(5)
     cache: list[Any] = [None]
-    stock = [layer(frame, feat_cache=cache, feat_idx=[0]) for frame in hidden.split(1, dim=2)]
+    stock = [layer(frame, feat_cache=cache, feat_idx=[0]) for frame in torch.split(hidden, 1, dim=2)]
     assert_close(subject._resample(hidden, layer, Trip()), torch.cat(stock, 2), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
 def test_identity_5_duplication_drops_leading_frames_once_per_clip() -> None:
     layer, hidden = DupUp3D(4, 4, factor_t=2, factor_s=2), features(5)
-    chunks = [layer(frame, first_chunk=index == 0) for index, frame in enumerate(hidden.split(1, dim=2))]
+    chunks = [layer(frame, first_chunk=index == 0) for index, frame in enumerate(torch.split(hidden, 1, dim=2))]
     assert_close(layer(hidden, first_chunk=True), torch.cat(chunks, 2))
