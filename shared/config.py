@@ -251,7 +251,9 @@ class Config(Strict):
 
 
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
-BUILT: dict[str, tuple[Any, ...]] = {}
+BUILT: dict[str, tuple[Any, ...]] = {
+    "text_encoder.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16"),
+}
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "training_method": ("LORA",),
