@@ -158,6 +158,7 @@ class Config(Strict):
     windows_per_clip: int | Literal["AUTO"] = Field("AUTO", description="windows cut from one clip; AUTO: at most 4")
     crop: Literal["center", "top", "smart"] = Field("center", description="which part is kept when the aspect differs")
     codec: Literal["x264", "lossless"] = Field("x264", description="of the clips in the shards")
+    shard_megabytes: int = Field(64, ge=1, description="size of a tar shard; one shard is one unit of encode's work")
     gates: GatesConfig = GatesConfig()
     caption: CaptionConfig = CaptionConfig()
     caption_prefix: str = Field("", description="put before every caption (trigger word)")
@@ -262,7 +263,6 @@ BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "video_config.frame_dropout_probability": (0.0,),
     "first_frame_conditioning_probability": (0.0,),
     "transformer.train": (True,),
-    "transformer.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16"),
     "text_encoder.train": (False,),
     "train_dtype": ("FLOAT_32", "BFLOAT_16"),
     "layer_offload_fraction": ("AUTO", 0.0),
