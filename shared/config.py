@@ -238,6 +238,11 @@ class Config(Strict):
     output_model_format: OutputFormat = Field("COMFY_LORA", description="of the result")
     output_dtype: Dtype = Field("BFLOAT_16", description="of the result")
 
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _older_spelling(cls, value: Any) -> Any:
