@@ -4,9 +4,8 @@ While the VAE works, one thread decodes the next videos and one writes the last 
 pixels and two units of latents, however many clips there are. The text encoder is gone before the VAE is loaded.
 """
 
-import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,17 +19,17 @@ from numpy.typing import NDArray
 from encode.budget import Effort, choose_effort, encode_within_memory
 from encode.pixels import Frames, check_shard, read_samples
 from encode.plan import Plan, Recipe, ShardTask, TextTask
-from encode.text import embed, token_ids
+from encode.text import TOKENS_IN_FLIGHT, TextEncoder, token_ids
 from shared.config import Config
 from shared.keys import fingerprint
 from shared.models import ModelSpec
 from shared.shards import SampleRecord, shard_folder
 from shared.store import Kind
 from shared.store_write import UnitDraft, as_float16, write_latents, write_texts
-from shared.weights import load_text_encoder, load_vae, torch_dtype
+from shared.weights import load_vae, model_folder, torch_dtype
 
 Item = TypeVar("Item")
-Advance = Callable[[int], None]  # called with the number of rows just made
+Advance = Callable[[float], None]  # called with the number of rows just made
 DECODE_AHEAD = 4  # clips of pixels in memory beside the batch: 4 x 97 MB at 81x832x480
 
 
@@ -58,21 +57,39 @@ def run(job: Job, plan: Plan, advance: Advance) -> None:
         encode_shards(job, plan.shards, advance)
 
 
-def encode_texts(job: Job, tasks: Iterable[TextTask], advance: Advance) -> None:
-    """Embed the captions of each task and commit them as one unit each; the encoder is freed afterwards."""
-    tokenizer, encoder = load_text_encoder(job.spec, torch_dtype(job.config.text_encoder.weight_dtype))
-    encoder.to(device())
+def encode_texts(job: Job, tasks: Sequence[TextTask], advance: Advance) -> None:
+    """Embed the captions of each task and commit them as one unit each; nothing of the encoder stays in memory."""
+    folder = model_folder(job.spec, ("text_encoder", "tokenizer"))
+    encoder = TextEncoder(folder, torch_dtype(job.config.text_encoder.weight_dtype), device())
+    ids = {text: row for task in tasks for text, row in token_ids_of(encoder, task).items()}
+    for group in groups(tasks, ids):
+        texts = [text for task in group for text in task.captions.values()]
+        embedded = encoder.embed([ids[text] for text in texts], advance)
+        rows = dict(zip(texts, embedded, strict=True))
+        for task in group:
+            draft = UnitDraft(job.store, "text", {"captions": list(task.captions)}, job.recipes["text"])
+            own = list(task.captions.values())
+            write_texts(draft, task.captions, [rows[text] for text in own], [ids[text] for text in own])
+
+
+def token_ids_of(encoder: TextEncoder, task: TextTask) -> dict[str, list[int]]:
+    """Text -> token ids."""
+    texts = list(task.captions.values())
+    return dict(zip(texts, token_ids(encoder.tokenizer, texts), strict=True))
+
+
+def groups(tasks: Sequence[TextTask], ids: dict[str, list[int]]) -> Iterator[list[TextTask]]:
+    """Tasks that pass through the encoder together: as many as their hidden states fit into host memory."""
+    group: list[TextTask] = []
+    tokens = 0
     for task in tasks:
-        ids = token_ids(tokenizer, list(task.captions.values()))
-        rows: list[Any] = [None] * len(ids)
-        for position, embedded in embed(encoder, ids, device()):
-            rows[position] = embedded.embedding_Sd
-            advance(1)
-        draft = UnitDraft(job.store, "text", {"captions": list(task.captions)}, job.recipes["text"])
-        write_texts(draft, task.captions, rows, ids)
-    del encoder
-    gc.collect()
-    torch.cuda.empty_cache()
+        own = sum(len(ids[text]) for text in task.captions.values())
+        if group and tokens + own > TOKENS_IN_FLIGHT:
+            yield group
+            group, tokens = [], 0
+        group.append(task)
+        tokens += own
+    yield group
 
 
 def encode_shards(job: Job, tasks: Iterable[ShardTask], advance: Advance) -> None:

@@ -11,8 +11,8 @@ PLAIN_SECONDS = 10.0
 
 
 @contextmanager
-def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more of `total` are done."""
+def progress(name: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Yield a function that is told how many more of `total` are done (parts of one count)."""
     if not sys.stderr.isatty():
         yield _plain(name, total)
         return
@@ -22,17 +22,17 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.update(task, advance=count)
 
 
-def _plain(name: str, total: int) -> Callable[[int], None]:
+def _plain(name: str, total: int) -> Callable[[float], None]:
     start = said = time.monotonic()
-    done = 0
+    done = 0.0
 
-    def advance(count: int) -> None:
+    def advance(count: float) -> None:
         nonlocal said, done
         done += count
         now = time.monotonic()
-        if done == total or now - said > PLAIN_SECONDS:
+        if done >= total - 0.001 or now - said > PLAIN_SECONDS:
             said = now
-            left = (now - start) / max(done, 1) * (total - done)
-            print(f"{name}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            left = (now - start) / max(done, 1e-9) * (total - done)
+            print(f"{name}: {done:.0f}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     return advance

@@ -1,0 +1,109 @@
+"""Texts become what diffusers' WanPipeline makes of them, real tokens only."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+from encode.text import TOKENS_PER_BATCH, TextEncoder, clean, length_batches, token_ids
+from shared.errors import ModelError
+from shared.models import TEXT_LENGTH, model_spec
+from shared.weights import load_text_encoder
+from tests.encode.make import nano_model
+
+AWKWARD = [
+    "", " ", "a red ball", "  a\tred\n\nball  ", "caf\u00c3\u00a9 &amp;amp; tea", "\u201csmart\u201d quotes\u2026",
+    "\u4e00\u53ea\u732b", "&lt;b&gt;bold&lt;/b&gt;", "zero\u200bwidth", "\ufb01ne ligature", "word " * 700,
+    html.escape("<concept>"),
+]  # fmt: skip
+
+
+def encoder_of(model: Path, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    return TextEncoder(model, dtype, torch.device("cpu"))
+
+
+def embedded(model: Path, texts: list[str], dtype: torch.dtype = torch.float32) -> list[Any]:
+    encoder = encoder_of(model, dtype)
+    return encoder.embed(token_ids(encoder.tokenizer, texts), lambda share: None)
+
+
+@pytest.mark.parametrize("prompt", AWKWARD)
+def test_cleaning_is_the_pipelines(prompt: str) -> None:
+    assert clean(prompt) == prompt_clean(prompt)
+
+
+def test_padded_with_zeros_an_embedding_is_the_pipelines(model: Path) -> None:
+    tokenizer, encoder = load_text_encoder(model_spec(str(model)), torch.float32)
+    pipeline: Any = WanPipeline(tokenizer, encoder, None, None, None)
+    stock_BSd = pipeline._get_t5_prompt_embeds(AWKWARD, max_sequence_length=TEXT_LENGTH)
+    for row_Sd, stock_Sd in zip(embedded(model, AWKWARD), stock_BSd, strict=True):
+        full_Sd = np.zeros(stock_Sd.shape, np.float32)
+        full_Sd[: len(row_Sd)] = row_Sd
+        np.testing.assert_allclose(full_Sd, stock_Sd.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_block_by_block_is_the_whole_model_to_the_bit(model: Path, dtype: torch.dtype) -> None:
+    tokenizer, encoder = load_text_encoder(model_spec(str(model)), dtype)
+    ids = token_ids(tokenizer, ["a red ball rolls", "a blue cube jumps"])
+    longest = max(map(len, ids))
+    rows_BS = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+    with torch.no_grad():
+        whole_BSd = encoder(rows_BS, (rows_BS > 0).long()).last_hidden_state.float().numpy()
+    for row_Sd, whole_Sd in zip(
+        embedded(model, ["a red ball rolls", "a blue cube jumps"], dtype), whole_BSd, strict=True
+    ):
+        np.testing.assert_array_equal(row_Sd, whole_Sd[: len(row_Sd)])
+
+
+def test_a_text_ends_with_its_end_token_and_has_at_most_512(model: Path) -> None:
+    ids = token_ids(encoder_of(model).tokenizer, ["", "a red ball", "word " * 700])
+    assert ids[0] == [1]
+    assert all(row[-1] == 1 for row in ids)
+    assert len(ids[2]) == TEXT_LENGTH
+
+
+def test_every_text_is_in_one_batch_with_its_like() -> None:
+    lengths = np.random.default_rng(0).integers(1, 513, 300).tolist()
+    batches = length_batches([[7] * length for length in lengths])
+    assert sorted(position for batch in batches for position in batch) == list(range(300))
+    spent = sum(len(batch) * max(lengths[position] for position in batch) for batch in batches)
+    assert spent < 1.1 * sum(lengths)
+    assert all(len(batch) * max(lengths[position] for position in batch) <= TOKENS_PER_BATCH for batch in batches)
+
+
+def test_only_two_blocks_are_in_memory_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, alive, most = encoder_of(model), 0, 0
+    load, run = encoder._block, encoder._stack
+
+    def counted_load(number: int) -> Any:
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return load(number)
+
+    def counted_run(weights: Any) -> Any:
+        nonlocal alive
+        alive -= 1
+        return run(weights)
+
+    monkeypatch.setattr(encoder, "_block", counted_load)
+    monkeypatch.setattr(encoder, "_stack", counted_run)
+    encoder.embed([[5, 1]], lambda share: None)
+    assert most == 1  # loaded ahead, beside the one that works
+
+
+def test_an_incomplete_encoder_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = nano_model(tmp_path / "half")
+    path = folder / "text_encoder/model.safetensors"
+    weights = {name: value for name, value in load_file(path).items() if ".block.1." not in name}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"block\.1\."):
+        embedded(folder, ["a"])
