@@ -78,10 +78,10 @@ explain: $(READY) ## the resolved configuration, and where each value came from
 	@$(PY) -m train explain $(store_flags) $(config_flags)
 
 sample: $(READY) ## RUN=runs/... PROMPT="...": videos from a trained adapter
-	@$(PY) -m train sample $(store_flags) $(run_flag) $(call flag,PROMPT,prompt)
+	@$(PY) -m train sample $(run_flag) $(call flag,PROMPT,prompt) $(call flag,OUT,out)
 
 export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA: convert a finished run
-	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format)
+	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format) $(call flag,OUT,out)
 
 test: $(READY) ## the tests, as CI runs them
 	@$(PY) -m pytest -m "not soak and not gpu"

@@ -1,0 +1,130 @@
+"""python -m train: latent store -> adapter. Sub-commands explain a config, sample from a run, export it again."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from shared.cli import Group, config_options, path_or_none, work_option
+from shared.errors import RunError
+from shared.resolve import Choice
+
+# fewer lines between the user and the loss; set before torch and transformers load
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `deterministic` needs it before CUDA starts
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+Command = Callable[..., Any]
+
+HELP = """Train on a latent store; nothing but the DiT and its gradients is in memory.
+
+\b
+  python -m train --work work --preset 16gb          train, or go on with the newest unfinished run
+  python -m train --set "max_steps=500 lora_rank=16" settings laid over the preset
+  python -m train --model t2v-a14b                   both experts, one after the other, two files
+  python -m train --run runs/cats --resume no        a new run in a folder of your choice
+
+Ctrl-C stops after the current step with a checkpoint; the same command goes on from there.
+"""
+
+
+def store_option(command: Command) -> Command:
+    """--store: where latents and text are."""
+    return click.option("--store", default=None, help="Stores, comma-separated. [default: WORK/latents.zarr]")(command)
+
+
+def run_option(required: bool) -> Callable[[Command], Command]:
+    """--run: the run folder."""
+    return click.option(
+        "--run",
+        type=click.Path(path_type=Path),
+        callback=path_or_none,
+        required=required,
+        help="Run folder. [default: runs/STORE-PRESET, newest unfinished]",
+    )
+
+
+@click.group(cls=Group, invoke_without_command=True, help=HELP)
+@work_option
+@store_option
+@run_option(required=False)
+@click.option("--resume", type=click.Choice(["yes", "no", ""]), default="", help="no: start anew. [default: go on]")
+@config_options
+@click.pass_context
+def main(context: click.Context, work: Path, store: str | None, run: Path | None, resume: str, choice: Choice) -> None:
+    """Train."""
+    if context.invoked_subcommand is None:
+        train(work, store or None, run, choice, {"yes": "yes", "no": "no"}.get(resume))  # type: ignore[arg-type]
+
+
+def train(
+    work: Path, store: str | None, folder: Path | None, choice: Choice, resume: Literal["yes", "no"] | None
+) -> None:
+    """Choose the run, open its data, train what is left."""
+    from train.run import choose_run, is_finished, is_run
+
+    run = choose_run(choice, work, store, folder, resume)
+    from train.session import start
+
+    finished = is_run(run.folder) and is_finished(run.folder)
+    start(run, finished)
+
+
+@main.command()
+@work_option
+@store_option
+@config_options
+def explain(work: Path, store: str | None, choice: Choice) -> None:
+    """Print every setting with its source, and what follows: sizes, batches, steps, experts."""
+    from train.explain import derived, missing_store, plan_lines, settings
+    from train.run import resolve_for_train, store_paths
+    from train.session import open_data
+
+    resolved = resolve_for_train(choice, work / "config.json")
+    stores = store_paths(store or None, work)
+    lines = [*settings(resolved), "", *derived(resolved)]
+    if all(path.is_dir() for path in stores):
+        lines += plan_lines(resolved, *open_data(resolved, stores, work))
+    else:
+        lines.append(missing_store(stores))
+    click.echo("\n".join(lines))
+
+
+@main.command()
+@run_option(required=True)
+@click.option("--prompt", "prompts", multiple=True, help="What to show; repeatable. [default: sample_prompts]")
+@click.option("--negative", default=None, help="What to avoid. [default: sample_negative_prompt]")
+@click.option("--seed", type=int, default=None, help="[default: sample_seed]")
+@click.option("--steps", type=click.IntRange(1, 1000), default=None, help="[default: sample_steps, or the model's own]")
+@click.option("--guidance", type=click.FloatRange(1), default=None, help="[default: sample_guidance_scale]")
+@click.option("--size", default=None, help="WIDTHxHEIGHTxFRAMES. [default: that of the run's clips]")
+@click.option("--base", is_flag=True, help="Without the adapter, to compare.")
+@click.option("--ema", is_flag=True, help="With the averaged weights.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: RUN/samples/]")
+def sample(run: Path, out: Path | None, base: bool, ema: bool, **wish: Any) -> None:
+    """Make videos with a run's adapter: MP4 files and a contact sheet."""
+    from train.session import sample_run
+
+    folder = sample_run(run, wish, "base" if base else "average" if ema else "weights", out)
+    click.echo(f"wrote {folder}")
+
+
+@main.command()
+@run_option(required=True)
+@click.option("--format", "form", required=True, help="COMFY_LORA, DIFFUSERS_LORA.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: the run folder]")
+def export(run: Path, form: str, out: Path | None) -> None:
+    """Write a run's newest weights in another format."""
+    from train.session import export_run
+
+    if form not in (known := ("COMFY_LORA", "DIFFUSERS_LORA")):
+        raise RunError(f"FORMAT={form} is not built yet; use {' or '.join(known)}")
+    for path in export_run(run, form, out):  # type: ignore[arg-type]
+        click.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m train")

@@ -1,0 +1,115 @@
+"""Checkpoints: everything a run needs to go on bit-equally, in `checkpoints/<step>/`, whole or absent.
+
+    weights_<expert>.safetensors   trained tensors, of every expert so far (finished ones are hard links)
+    average_<expert>.safetensors   their moving averages, when `ema` is set
+    optimizer.pt                   state of the optimizer of the expert in training
+    state.json                     step, expert, length of the event log, fingerprint of the data
+
+Randomness needs no state: it follows from (seed, step, slot).
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shared.errors import RunError
+from shared.files import PART, read_json, sync, write_json
+
+CHECKPOINT_VERSION = 1
+
+
+class State(BaseModel):
+    """What a checkpoint knows besides tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = CHECKPOINT_VERSION
+    step: int  # optimizer updates done, of all experts
+    expert: str
+    events_bytes: int  # length of events.jsonl; what comes after is cut off on resume
+    data: str  # Dataset.fingerprint
+    skipped_in_a_row: int = 0
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def steps_saved(run: Path) -> list[int]:
+    """Steps of the checkpoints there are, ascending."""
+    folder = checkpoint_folder(run)
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint."""
+    steps = steps_saved(run)
+    return checkpoint_folder(run) / str(steps[-1]) if steps else None
+
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # file stem -> tensors by name
+
+
+def save(run: Path, state: State, tensors: Tensors, optimizer: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`."""
+    final = checkpoint_folder(run) / str(state.step)
+    part = final.with_name(f"{final.name}{PART}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for stem, named in tensors.items():
+            plain = {name: value.detach().cpu().contiguous() for name, value in named.items()}
+            save_file(plain, part / f"{stem}.safetensors")
+        torch.save(optimizer, part / "optimizer.pt")
+        link_finished(run, part)
+        write_json(part / "state.json", state.model_dump(mode="json"))
+        for path in part.iterdir():
+            sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    sync(final.parent)
+    for step in steps_saved(run)[:-keep]:
+        shutil.rmtree(checkpoint_folder(run) / str(step))
+    return final
+
+
+def link_finished(run: Path, part: Path) -> None:
+    """Carry over the tensors of experts that were finished before, as hard links."""
+    before = latest(run)
+    for path in sorted(before.glob("*.safetensors")) if before is not None else ():
+        if not (part / path.name).exists():
+            os.link(path, part / path.name)
+
+
+def read_state(folder: Path) -> State:
+    """State of a checkpoint; raises RunError on another version or damage."""
+    try:
+        value = read_json(folder / "state.json")
+        if value.get("version") != CHECKPOINT_VERSION:
+            found = value.get("version")
+            raise RunError(f"{folder} has checkpoint version {found}, this code reads {CHECKPOINT_VERSION}")
+        return State.model_validate(value)
+    except (OSError, ValueError, AttributeError) as error:
+        message = str(error).splitlines()[0]
+        raise RunError(f"{folder} is damaged ({message}); delete it to go on from the one before") from None
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Tensors of one file of a checkpoint."""
+    return load_file(folder / f"{stem}.safetensors")
+
+
+def read_optimizer(folder: Path) -> dict[str, Any]:
+    """The optimizer's state; tensors and plain values only, nothing is executed."""
+    return dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -1,0 +1,202 @@
+"""From stores to the batches of a step. Input: stores, config. Output: per step a list of micro-batches on the CPU.
+
+What a step holds is a pure function of (seed, step): epochs are fresh permutations cut into batches of one bucket, and
+noise, sigma, caption and variant of a slot follow from (seed, step, slot in the global batch). So a run can stop
+anywhere, and processes or threads change nothing. Cost: about 0.2 ms of CPU per 640 KiB sample.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.bucket import Bucket
+from shared.config import Config
+from shared.keys import caption_key
+from shared.store import ListedSample
+from shared.store_read import StoreReader
+from train.flow import SigmaLaw, sigma_at
+
+EMPTY_CAPTION = caption_key("")
+# domains of randomness: one number each, so that no two draws share a seed
+EPOCH, PRIOR, SLOT, STRATA, VALIDATION, PREVIEW, WEIGHTS, DROPOUT = range(8)
+
+
+def random_of(seed: int, domain: int, *place: int) -> np.random.Generator:
+    """The generator of one place; equal arguments give equal draws on any machine."""
+    return np.random.default_rng([seed, domain, *place])
+
+
+class Draw(NamedTuple):
+    """A sample as one epoch uses it."""
+
+    sample: ListedSample
+    key: str  # of the variant
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A micro-batch: samples of one bucket with all that is random about them, on the CPU."""
+
+    latent_BCthw: Tensor
+    noise_BCthw: Tensor
+    sigma_B: Tensor
+    captions: list[str]  # caption keys
+    weight_B: Tensor  # of each sample's loss in the sum over the global batch
+    bucket: Bucket
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(latent, noise, sigma, weight) on a device."""
+        parts = (self.latent_BCthw, self.noise_BCthw, self.sigma_B, self.weight_B)
+        return tuple(part.to(device, non_blocking=True) for part in parts)  # type: ignore[return-value]
+
+
+def epoch_batches(samples: list[ListedSample], config: Config, epoch: int, batch_size: int) -> list[list[Draw]]:
+    """The batches of one epoch in order: every sample `repeats` times, prior ones at their ratio, one bucket each."""
+    rng = random_of(config.seed, EPOCH, epoch)
+    concept = [sample for sample in samples if not sample.prior for _ in range(sample.repeats)]
+    prior = [sample for sample in samples if sample.prior for _ in range(sample.repeats)]
+    if concept and prior:
+        prior = prior_draws(prior, round(config.prior.ratio * len(concept)), epoch, config.seed)
+    pool = concept + prior
+    by_bucket: dict[Bucket, list[Draw]] = {bucket: [] for bucket in sorted({sample.bucket for sample in pool})}
+    for index in rng.permutation(len(pool)):
+        sample = pool[int(index)]
+        by_bucket[sample.bucket].append(Draw(sample, pick_variant(sample, config, rng)))
+    batches = [
+        draws[start : start + batch_size] for draws in by_bucket.values() for start in range(0, len(draws), batch_size)
+    ]
+    return [batches[int(index)] for index in rng.permutation(len(batches))]
+
+
+def prior_draws(prior: Sequence[ListedSample], count: int, epoch: int, seed: int) -> list[ListedSample]:
+    """`count` prior samples for an epoch: consecutive pieces of an endless row of fresh permutations of all of them."""
+
+    def at(place: int) -> ListedSample:
+        turn, index = divmod(place, len(prior))
+        if turn not in orders:
+            orders[turn] = random_of(seed, PRIOR, turn).permutation(len(prior))
+        return prior[int(orders[turn][index])]
+
+    orders: dict[int, NDArray[np.int64]] = {}
+    return [at(place) for place in range(epoch * count, (epoch + 1) * count)]
+
+
+def pick_variant(sample: ListedSample, config: Config, rng: np.random.Generator) -> str:
+    """One temporal variant per sample and epoch; the plain one when augmentation is off."""
+    return sample.keys[rng.integers(len(sample.keys))] if config.video_config.temporal_augmentation else sample.keys[0]
+
+
+@dataclass
+class Plan:
+    """Which samples each step trains; epochs are made on demand and forgotten."""
+
+    samples: list[ListedSample]
+    config: Config
+    batch_size: int  # global
+    starts: list[int] = field(default_factory=lambda: [0])  # first step of each epoch made so far
+    epoch: tuple[int, list[list[Draw]]] = (-1, [])
+
+    def _make(self, epoch: int) -> list[list[Draw]]:
+        if self.epoch[0] != epoch:
+            self.epoch = epoch, epoch_batches(self.samples, self.config, epoch, self.batch_size)
+            if epoch == len(self.starts) - 1:
+                self.starts.append(self.starts[-1] + len(self.epoch[1]))
+        return self.epoch[1]
+
+    def epoch_of(self, step: int) -> int:
+        """Number of the epoch (from 0) that holds a step (from 0)."""
+        while self.starts[-1] <= step:
+            self._make(len(self.starts) - 1)
+        return next(number for number in reversed(range(len(self.starts))) if self.starts[number] <= step)
+
+    def batch(self, step: int) -> list[Draw]:
+        """The global batch of a step (from 0)."""
+        epoch = self.epoch_of(step)
+        return self._make(epoch)[step - self.starts[epoch]]
+
+    def total_steps(self) -> int:
+        """max_steps, or the steps of all epochs."""
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        while len(self.starts) <= self.config.epochs:
+            self._make(len(self.starts) - 1)
+        return self.starts[self.config.epochs]
+
+    def buckets(self) -> Counter[Bucket]:
+        """Draws per bucket in the first epoch."""
+        return Counter(draw.sample.bucket for batch in epoch_batches(self.samples, self.config, 0, 1) for draw in batch)
+
+
+def micro_batch_size(config: Config, bucket: Bucket) -> int:
+    """Samples per forward pass: images use batch_size, videos batch_size x video_batch_size_multiplier."""
+    if bucket.num_frames == 1:
+        return config.batch_size
+    return max(1, round(config.batch_size * config.video_config.video_batch_size_multiplier))
+
+
+def slot_uniforms(config: Config, step: int, count: int) -> list[np.random.Generator]:
+    """One generator per slot of a global batch."""
+    return [random_of(config.seed, SLOT, step, slot) for slot in range(count)]
+
+
+def load_step(reader: StoreReader, config: Config, law: SigmaLaw, step: int, draws: list[Draw]) -> list[Slots]:
+    """Read and draw everything one step needs, cut into micro-batches."""
+    rngs = slot_uniforms(config, step, len(draws))
+    uniform_nk = np.stack([rng.random(4) for rng in rngs])  # sigma, caption dropout, choice of caption, first frame
+    if config.timestep_stratified:
+        order = random_of(config.seed, STRATA, step).permutation(len(draws))
+        uniform_nk[:, 0] = (order + uniform_nk[:, 0]) / len(draws)
+    sigma_n = sigma_at(law, torch.from_numpy(uniform_nk[:, 0].copy()))
+    size = micro_batch_size(config, draws[0].sample.bucket)
+    places = iter(range(len(draws)))
+    parts = []
+    while part := list(islice(places, size)):
+        latents = [reader.latent(draws[slot].key) for slot in part]
+        noises = [rngs[slot].standard_normal(latents[0].shape, np.float32) for slot in part]
+        parts.append(
+            Slots(
+                latent_BCthw=torch.from_numpy(np.stack(latents)).float(),
+                noise_BCthw=torch.from_numpy(np.stack(noises)),
+                sigma_B=sigma_n[part],
+                captions=[pick_caption(draws[slot].sample, config, uniform_nk[slot]) for slot in part],
+                weight_B=torch.tensor([loss_weight(draws[slot].sample, config) / len(draws) for slot in part]),
+                bucket=draws[0].sample.bucket,
+            )
+        )
+    return parts
+
+
+def pick_caption(sample: ListedSample, config: Config, uniform_k: NDArray[np.float64]) -> str:
+    """The empty caption with the dropout probability, else one of the sample's, all alike."""
+    if uniform_k[1] < config.caption_dropout_probability:
+        return EMPTY_CAPTION
+    return sample.captions[int(uniform_k[2] * len(sample.captions))]
+
+
+def loss_weight(sample: ListedSample, config: Config) -> float:
+    """prior.weight of prior samples, else the sample's own."""
+    return config.prior.weight if sample.prior else sample.weight
+
+
+def prefetch(reader: StoreReader, plan: Plan, law: SigmaLaw, first: int, stop: int) -> Iterator[list[Slots]]:
+    """Micro-batches of steps first..stop-1 in order, read ahead by `dataloader_threads` threads."""
+    config = plan.config
+    with ThreadPoolExecutor(config.dataloader_threads, "reader") as pool:
+        waiting: deque[Future[list[Slots]]] = deque()
+        try:
+            for step in range(first, stop):
+                waiting.append(pool.submit(load_step, reader, config, law, step, plan.batch(step)))
+                if len(waiting) > 2 * config.dataloader_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

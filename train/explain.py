@@ -1,0 +1,66 @@
+"""`train explain`: every setting with the source of its value, and what follows from them. Loads no weights."""
+
+import json
+from pathlib import Path
+
+from shared.config import leaf_keys
+from shared.geometry import geometry
+from shared.resolve import Resolved, value_at
+from train.data import Plan, micro_batch_size
+from train.model import pick_device
+from train.phases import make_phases, training_shift
+from train.stores import Dataset
+
+
+def settings(resolved: Resolved) -> list[str]:
+    """One line per setting: key, value, source."""
+    lines = []
+    for key in leaf_keys():
+        value = value_at(resolved.config, key)
+        plain = {name: item.model_dump() for name, item in value.items()} if isinstance(value, dict) else value
+        lines.append(f"{key:45} {json.dumps(plain):32} {resolved.sources[key]}")
+    return lines
+
+
+def derived(resolved: Resolved) -> list[str]:
+    """What follows from config and model alone."""
+    config, spec = resolved.config, resolved.spec
+    sizes = geometry(config, spec)
+    shift = training_shift(config, spec)
+    exact = [f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size) for size in sizes.resolutions]
+    lines = [
+        f"model: {spec.name} ({spec.repo}), experts {', '.join(spec.experts)}, training shift {shift:g}",
+        f"device: {pick_device()}",
+        f"clips: {sizes.num_frames} frames at {sizes.fps:g} fps, resolution {', '.join(exact)}",
+    ]
+    if config.text_encoder.learning_rate is not None and not config.text_encoder.train:
+        lines.append("text_encoder.learning_rate is idle: text_encoder.train is false")
+    return lines + list(sizes.remarks)
+
+
+def plan_lines(resolved: Resolved, data: Dataset, plan: Plan) -> list[str]:
+    """What follows from the data: buckets, batches, steps, experts."""
+    config, total = resolved.config, plan.total_steps()
+    plan.epoch_of(0)
+    lines = [
+        f"samples: {len(data.train)} to train ({sum(sample.prior for sample in data.train)} prior), "
+        f"{len(data.validation)} held out",
+        f"steps: {total}, {plan.starts[1]} per epoch",
+    ]
+    for bucket, count in sorted(plan.buckets().items()):
+        size = micro_batch_size(config, bucket)
+        lines.append(
+            f"bucket {bucket}: {count} draws per epoch in batches of {plan.batch_size}"
+            + (f", the last of {count % plan.batch_size}" if count % plan.batch_size else "")
+            + f", micro-batch {size}, {-(-plan.batch_size // size)} accumulated"
+        )
+    for phase in make_phases(config, resolved.spec, total):
+        lines.append(
+            f"expert {phase.expert}: steps {phase.first + 1}-{phase.stop}, sigma {phase.law.low:g}-{phase.law.high:g}"
+        )
+    return lines + list(data.remarks)
+
+
+def missing_store(stores: tuple[Path, ...]) -> str:
+    """The line in place of what data would tell."""
+    return f"no store at {', '.join(map(str, stores))} yet: steps and buckets are known after make encode"

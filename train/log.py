@@ -1,0 +1,131 @@
+"""What a run says: a live line, events.jsonl (one row per step), TensorBoard. Nothing here changes what is trained.
+
+Rows of events.jsonl are equal for equal runs, except their `timing`. On resume the file is cut back to the checkpoint.
+"""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
+SMOOTH = 0.95  # decay of the loss average that is shown
+
+
+def cut_events(path: Path, keep_bytes: int) -> None:
+    """Drop what was logged after a checkpoint."""
+    path.touch()
+    with path.open("r+b") as file:
+        file.truncate(keep_bytes)
+
+
+class RunLog:
+    """Writes one run's events; use as a context manager."""
+
+    def __init__(self, folder: Path, done: int, total: int) -> None:
+        self.console = Console(stderr=True)
+        self.events: TextIO = (folder / "events.jsonl").open("a")
+        self.board = EventFileWriter(str(folder / "tb"))
+        # TensorBoard drops what an interrupted session wrote from this step on
+        self.board.add_event(
+            Event(step=done + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+        )
+        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]} ETA"))
+        self.progress = Progress(
+            *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal
+        )
+        self.task = self.progress.add_task("train", total=total, completed=done, line="")
+        self.total, self.loss, self.said = total, float("nan"), 0.0
+        self.clock = self.started = time.perf_counter()
+        self.waited, self.first = 0.0, done
+
+    def __enter__(self) -> "RunLog":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        self.board.close()
+        self.events.close()
+
+    def say(self, text: str) -> None:
+        """One line for the user, above the live line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def row(self, row: dict[str, Any], timing: dict[str, float] | None = None) -> None:
+        """Append a row to events.jsonl and its numbers to TensorBoard."""
+        self.events.write(json.dumps(row | ({"timing": timing} if timing else {})) + "\n")
+        self.events.flush()
+        kind = row["event"]
+        numbers = {
+            f"{kind}/{key}": value
+            for key, value in {**row, **(timing or {})}.items()
+            if isinstance(value, int | float) and key != "step"
+        }
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        self.board.add_event(Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values)))
+
+    def text(self, tag: str, text: str) -> None:
+        """A text for TensorBoard's text page."""
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()])
+        value = Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+        self.board.add_event(Event(step=0, wall_time=time.time(), summary=Summary(value=[value])))
+
+    def step(self, row: dict[str, Any], samples: int, waited: float) -> None:
+        """One update: `row` holds step, loss, lr, grad_norm; `waited` are the seconds it waited for data."""
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.waited += waited
+        timing = {
+            "seconds": seconds,
+            "samples_per_second": samples / seconds,
+            "data_wait": waited / seconds,
+            "peak_memory_gib": peak_memory(),
+        }
+        self.row({"event": "step", **row}, timing)
+        if row["loss"] is not None:
+            self.loss = row["loss"] if self.loss != self.loss else SMOOTH * self.loss + (1 - SMOOTH) * row["loss"]
+        self.show(row, samples, now)
+
+    def show(self, row: dict[str, Any], samples: int, now: float) -> None:
+        """Refresh the live line, or print a plain one now and then."""
+        rate = (row["step"] - self.first) / (now - self.started)
+        line = (
+            f"loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.2f} step/s {rate * samples:.1f} samples/s "
+            f"wait {self.waited / (now - self.started):.1%} {peak_memory():.1f} GiB"
+        )
+        if not self.progress.disable:
+            self.progress.update(self.task, completed=row["step"], line=line)
+        elif now - self.said > PLAIN_SECONDS or row["step"] == self.total:
+            self.said = now
+            eta = (self.total - row["step"]) / rate
+            self.say(f"step {row['step']}/{self.total} {line} ETA {eta:.0f} s")
+
+    def resume_clock(self) -> None:
+        """Leave out what happened since the last step (validation, previews) from the next step's time."""
+        self.started += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+
+    def length(self) -> int:
+        """Bytes of events.jsonl, safely on disk."""
+        self.events.flush()
+        os.fsync(self.events.fileno())
+        return os.fstat(self.events.fileno()).st_size
+
+
+def peak_memory() -> float:
+    """GiB: of the GPU's allocator when there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

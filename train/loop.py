@@ -1,0 +1,73 @@
+"""The training loop. Input: a run, its data, its plan. Output: the run folder: events, checkpoints, previews, results.
+
+Each expert is trained by itself, one after the other; what a step does is told in `train_phase`.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from shared.config import Config
+from train.data import DROPOUT, Slots, prefetch, random_of
+from train.flow import TIMESTEPS, flow_loss, interpolate, velocity
+from train.model import Model, TextBank, predict
+from train.optim import clip, set_rate
+from train.phases import Phase
+from train.task import Task
+
+
+def train(task: Task) -> None:
+    """Train what is left of a run, from its newest checkpoint to its results."""
+    for phase in task.phases:
+        if task.done < phase.stop:
+            train_phase(task, phase)
+    task.finish()
+
+
+def train_phase(task: Task, phase: Phase) -> None:
+    """Train one expert."""
+    config, log = task.run.config, task.log
+    learner = task.load(phase)
+    if task.done == phase.first:
+        task.look(learner, phase, task.done)  # validation and preview of what there was before
+    batches = prefetch(task.data.reader, task.plan, phase.law, task.done, phase.stop)
+    log.resume_clock()
+    while task.done < phase.stop:
+        waiting = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - waiting
+        rate = set_rate(learner.optimizer, config, task.done - phase.first, phase.steps)
+        loss = accumulate(learner.model, learner.bank, batch, config, task.done)
+        norm = clip(learner.trained.values(), config.max_grad_norm)
+        numbers = torch.stack([loss, norm]).tolist()
+        skipped = task.guard(numbers)
+        if not skipped:
+            learner.optimizer.step()
+            learner.update_average()
+        learner.optimizer.zero_grad()
+        task.done += 1
+        row = dict(zip(("loss", "grad_norm"), (None, None) if skipped else numbers, strict=True))
+        samples = sum(len(slots.captions) for slots in batch)
+        log.step({"step": task.done, "expert": phase.expert, "lr": rate, **row}, samples, waited)
+        task.after_step(learner, phase)
+
+
+def accumulate(model: Model, bank: TextBank, batch: list[Slots], config: Config, step: int) -> Tensor:
+    """Gradients of the mean loss over the batch, one micro-batch after the other; returns that loss."""
+    losses = []
+    for number, slots in enumerate(batch):
+        if config.lora_dropout:
+            torch.manual_seed(int(random_of(config.seed, DROPOUT, step, number).integers(2**62)))
+        loss = micro_loss(model, bank, slots, config)
+        torch.autograd.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def micro_loss(model: Model, bank: TextBank, slots: Slots, config: Config) -> Tensor:
+    """This micro-batch's part of the batch's mean loss."""
+    latent, noise, sigma_B, weight_B = slots.on(model.device)
+    noisy, text = interpolate(latent, noise, sigma_B), bank.batch(slots.captions)
+    predicted = predict(model, noisy, sigma_B[:, None] * TIMESTEPS, text)
+    return (flow_loss(predicted - velocity(latent, noise), config.loss) * weight_B).sum()

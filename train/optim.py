@@ -1,0 +1,75 @@
+"""The update: optimizer by name, learning rate by step, clipped gradients, averaged weights. All from torch."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from shared.config import Config
+from shared.errors import ConfigError
+
+Parameters = dict[str, nn.Parameter]
+
+
+def make_optimizer(config: Config, trained: Parameters) -> torch.optim.Optimizer:
+    """The configured optimizer over the trained parameters; its rate is set before every update."""
+    settings = config.optimizer
+    groups = [{"params": list(trained.values()), "part": "transformer"}]
+    rate, decay, betas = config.learning_rate, settings.weight_decay, (settings.beta1, settings.beta2)
+    if settings.name == "ADAFACTOR":
+        return torch.optim.Adafactor(groups, lr=rate, weight_decay=decay)
+    if settings.name == "MUON":
+        if odd := [name for name, part in trained.items() if part.ndim != 2]:
+            raise ConfigError(f"optimizer.name=MUON trains matrices only, {odd[0]} is none; use ADAMW")
+        return torch.optim.Muon(groups, lr=rate, weight_decay=decay, momentum=settings.beta1, eps=settings.eps)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.eps, weight_decay=decay, fused=True)
+
+
+def peak_rate(config: Config, part: str) -> float:
+    """The part's own rate, else the global one."""
+    own = {"transformer": config.transformer.learning_rate}
+    return own[part] or config.learning_rate
+
+
+def rate_factor(config: Config, step: int, steps: int) -> float:
+    """Share of the peak rate at update `step` (from 0) of `steps`: linear warmup, then the schedule down to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    passed = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.lr_scheduler == "COSINE":
+        return (1 + math.cos(math.pi * passed)) / 2
+    return 1 - passed if config.lr_scheduler == "LINEAR" else 1.0
+
+
+def set_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, steps: int) -> float:
+    """Set every group's rate for this update; returns the first."""
+    factor = rate_factor(config, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = peak_rate(config, group["part"]) * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def clip(parts: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients so that their global norm is at most `limit` (0: never); returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(list(parts), limit or math.inf)
+
+
+class Average:
+    """Exponential moving average of the trained parameters (Polyak averaging)."""
+
+    def __init__(self, trained: Parameters, decay: float) -> None:
+        self.trained, self.decay = trained, decay
+        self.mean = {name: part.detach().clone() for name, part in trained.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step towards the current weights."""
+        current = [part.detach() for part in self.trained.values()]
+        torch._foreach_lerp_(list(self.mean.values()), current, 1 - self.decay)
+
+    @torch.no_grad()
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Take saved averages of the same names."""
+        for name, part in self.mean.items():
+            part.copy_(saved[name])

@@ -1,0 +1,137 @@
+"""What the commands do: start or resume a run, sample from one, export one."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from shared.bucket import Bucket, round_frames, round_to_grid
+from shared.config import OutputFormat
+from shared.errors import RunError
+from shared.resolve import Resolved
+from train import checkpoint, export
+from train.adapter import add_adapter, copy_into
+from train.data import Plan
+from train.explain import derived, plan_lines
+from train.log import RunLog
+from train.loop import train
+from train.model import TextBank, load_model, pick_device, refuse_mismatch
+from train.phases import make_phases
+from train.run import Run, open_run, start_folder
+from train.sample import Scene, ensure_prompts, first_noise, sample_range, scene_of, start_decode, write_latents
+from train.stores import Dataset, open_dataset
+from train.task import Task, restore
+
+Weights = Literal["weights", "average", "base"]
+
+
+def open_data(resolved: Resolved, stores: tuple[Path, ...], work: Path) -> tuple[Dataset, Plan]:
+    """Check settings against model and stores; the samples and their order."""
+    refuse_mismatch(resolved.config, resolved.spec)
+    data = open_dataset(list(stores), work, resolved.config, resolved.spec)
+    return data, Plan(data.train, resolved.config, resolved.config.batch_size)
+
+
+def start(run: Run, finished: bool) -> None:
+    """Train a run to its end, from its newest checkpoint."""
+    data, plan = open_data(run.resolved, run.stores, run.work)
+    saved = checkpoint.latest(run.folder)
+    if finished and saved is not None and checkpoint.read_state(saved).step >= plan.total_steps():
+        print(f"{run.folder} is finished; train on with a larger max_steps, or start anew with RESUME=no")
+        return
+    torch.use_deterministic_algorithms(run.config.deterministic)
+    remarks = start_folder(run, data.fingerprint)
+    done, skipped, more = restore(run, data)
+    with RunLog(run.folder, done, plan.total_steps()) as log:
+        facts = derived(run.resolved) + plan_lines(run.resolved, data, plan)
+        for line in [f"run: {run.folder}", *facts, *remarks, *more]:
+            log.say(line)
+        log.text("config", run.config.model_dump_json(indent=1))
+        train(Task(run, data, plan, log, done, skipped))
+    print(f"done: {run.folder}")
+
+
+def latest_of(run: Run) -> Path:
+    """The run's newest checkpoint, or an error."""
+    saved = checkpoint.latest(run.folder)
+    if saved is None:
+        raise RunError(f"{run.folder} has no checkpoint yet; let it train on, or see the base model with --base")
+    return saved
+
+
+def sample_run(folder: Path, wish: dict[str, Any], weights: Weights, out: Path | None) -> Path:
+    """Sample prompts with every expert in turn and decode; returns the folder of the videos."""
+    run = open_run(folder)
+    scene = wished_scene(run, wish)
+    reader = ensure_prompts(scene, run)
+    state = first_noise(scene, run.spec)
+    for expert in run.spec.experts:
+        model = load_model(run.spec, expert, run.config, pick_device())
+        load_weights(run, model.transformer, expert, weights)
+        state, _ = sample_range(model, TextBank(model, reader), run.spec, scene, expert, state)
+    target = out or run.folder / "samples"
+    number = 1
+    while (path := target / f"{weights if weights == 'base' else 'sample'}-{number}.safetensors").exists():
+        number += 1
+    write_latents(path, state, scene.prompts, run.spec, run.config)
+    if start_decode(path, run).wait() != 0:
+        raise RunError(f"{path} could not be decoded, see {path.with_suffix('.log')}; the latents are kept")
+    return path.with_suffix("")
+
+
+def load_weights(run: Run, transformer: Any, expert: str, weights: Weights) -> None:
+    """Put a run's trained tensors into a loaded expert; an expert that was not trained stays as it is."""
+    if weights == "base":
+        return
+    saved = latest_of(run)
+    if weights == "average" and run.config.ema is None:
+        raise RunError(f"{run.folder} has no averaged weights; it was trained without ema")
+    if (saved / f"{weights}_{expert}.safetensors").is_file():
+        tensors = checkpoint.read_tensors(saved, f"{weights}_{expert}")
+        copy_into(add_adapter(transformer, run.config, 0), tensors, str(saved))
+
+
+def wished_scene(run: Run, wish: dict[str, Any]) -> Scene:
+    """The config's scene with what the command line says instead."""
+    scene = scene_of(run.config, run.spec, parse_size(wish["size"], run.spec.grid) if wish["size"] else None)
+    prompts = tuple(wish["prompts"]) or scene.prompts
+    if not prompts:
+        raise RunError('nothing to sample: give --prompt "...", or set sample_prompts')
+    guidance = scene.guidance if wish["guidance"] is None else (wish["guidance"], wish["guidance"])
+    return replace(
+        scene,
+        prompts=prompts,
+        guidance=guidance,
+        negative=scene.negative if wish["negative"] is None else wish["negative"],
+        seed=scene.seed if wish["seed"] is None else wish["seed"],
+        steps=wish["steps"] or scene.steps,
+    )
+
+
+def parse_size(text: str, grid: int) -> Bucket:
+    """'832x480x81' -> Bucket, on the model's grid."""
+    try:
+        width, height, frames = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise RunError(f"--size {text!r} is not like 832x480x81") from None
+    return Bucket(round_frames(frames), round_to_grid(height, grid), round_to_grid(width, grid))
+
+
+def export_run(folder: Path, form: OutputFormat, out: Path | None) -> list[Path]:
+    """Write the newest weights of every expert in a format; returns the files."""
+    run = open_run(folder)
+    saved = latest_of(run)
+    state = checkpoint.read_state(saved)
+    phases = {phase.expert: phase for phase in make_phases(run.config, run.spec, max(state.step, 2))}
+    paths = []
+    for expert in run.spec.experts:
+        for weights in ("weights", "average"):
+            if (saved / f"{weights}_{expert}.safetensors").is_file():
+                tensors = checkpoint.read_tensors(saved, f"{weights}_{expert}")
+                metadata = export.describe(run.config, run.spec, expert, phases[expert].steps, state.data)
+                stem = f"{run.name}-{form.lower()}{'_ema' if weights == 'average' else ''}"
+                path = export.result_path(out or run.folder, stem, expert)
+                export.write_file(path, export.formatted(tensors, run.config, form), metadata)
+                paths.append(path)
+    return paths

@@ -1,0 +1,129 @@
+"""What a run trains on: the samples its stores list, checked against model and preset before any weight is loaded.
+
+Input: store paths, config, model facts. Output: a `Dataset`. Errors: StoreError, naming the command that mends.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.bucket import Bucket, aspect_sizes, nearest_size
+from shared.config import Config
+from shared.errors import StoreError
+from shared.geometry import geometry
+from shared.keys import fingerprint
+from shared.models import ModelSpec
+from shared.shards import index_path
+from shared.store import ListedSample, Marker, open_store, read_datasets, recipe_key
+from shared.store_read import StoreReader, fresh_units
+from train.data import EMPTY_CAPTION
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples to train and to hold out, the reader of their rows, and what to tell the user about them."""
+
+    train: list[ListedSample]
+    validation: list[ListedSample]
+    reader: StoreReader
+    texts: dict[str, str]  # caption key -> text
+    fingerprint: str
+    remarks: tuple[str, ...]
+
+
+def open_dataset(stores: list[Path], work: Path, config: Config, spec: ModelSpec) -> Dataset:
+    """Load the dataset lists of all stores and make sure that every row a step may ask for exists."""
+    for store in stores:
+        if not store.is_dir():
+            ingested = index_path(work).is_file()
+            mend = "make encode" if ingested else "make ingest DATA=your_videos/, then make encode"
+            raise StoreError(f"{store}: no such store; make one with: {mend}")
+    lists = [dataset for store in stores for dataset in read_datasets(open_store(store))]
+    samples = [sample for dataset in lists for sample in dataset.samples]
+    if not samples:
+        raise StoreError(f"{', '.join(map(str, stores))}: the store lists no samples; run: make encode")
+    units = fitting_units([marker for store in stores for marker in fresh_units(store)], spec, stores)
+    reader = StoreReader(stores, {marker.id for marker in units})
+    allowed, remarks = allowed_samples(samples, config, spec)
+    check_rows(allowed, reader)
+    used = {marker.id for table in (reader.latents, reader.texts) for _, marker in table.values()}
+    name = fingerprint(datasets=[dataset.model_dump(mode="json") for dataset in lists], units=sorted(used))
+    train = [sample for sample in allowed if sample.split == "train"]
+    if not train:
+        raise StoreError(f"{stores[0]}: all samples are held out; lower validation.fraction and run make ingest")
+    held_out = [sample for sample in allowed if sample.split == "validation"]
+    texts = {key: text for dataset in lists for key, text in dataset.texts.items()}
+    return Dataset(train, held_out, reader, texts, name, remarks)
+
+
+def open_texts(stores: list[Path], spec: ModelSpec) -> StoreReader:
+    """Reader of the text embeddings that fit a model."""
+    markers = [marker for store in stores for marker in fresh_units(store)]
+    return StoreReader(stores, {marker.id for marker in markers if marker.text_dim == spec.text_dim})
+
+
+def fitting_units(markers: list[Marker], spec: ModelSpec, stores: list[Path]) -> list[Marker]:
+    """Units of this model's VAE kind and text width; refuses stores that have none, or mix two recipes of one kind."""
+    latents = [marker for marker in markers if marker.kind != "text" and marker.vae_kind == spec.vae.fingerprint]
+    texts = [marker for marker in markers if marker.kind == "text" and marker.text_dim == spec.text_dim]
+    where, mend = ", ".join(map(str, stores)), f"encode again with: make encode MODEL={spec.name}"
+    if not any(marker.kind == "latents" for marker in latents):
+        shapes = sorted({f"{marker.shape[1]} channels" for marker in markers if marker.kind == "latents"})
+        own = f"{spec.vae.channels} channels, strides {spec.vae.stride_THW}"
+        held = ", ".join(shapes) or "none"
+        raise StoreError(f"{where}: no latents for {spec.name} ({own}); the store holds {held}; {mend}")
+    if not texts:
+        dims = sorted({str(marker.text_dim) for marker in markers if marker.kind == "text"})
+        held = ", ".join(dims) or "none"
+        raise StoreError(
+            f"{where}: no text embeddings of width {spec.text_dim} for {spec.name}; the store holds {held}; {mend}"
+        )
+    for kind in ("latents", "cond", "text"):
+        recipes = {recipe_key(marker.recipe): marker.recipe for marker in latents + texts if marker.kind == kind}
+        if len(recipes) > 1:
+            odd = differing(list(recipes.values()))
+            raise StoreError(f"{where}: {kind} made in {len(recipes)} ways (other {odd}) do not mix; {mend}")
+    return latents + texts
+
+
+def differing(recipes: list[dict[str, Any]]) -> str:
+    """Names of what differs between recipes."""
+    names = sorted({name for recipe in recipes for name in recipe})
+    return ", ".join(name for name in names if len({str(recipe.get(name)) for recipe in recipes}) > 1)
+
+
+def allowed_samples(
+    samples: list[ListedSample], config: Config, spec: ModelSpec
+) -> tuple[list[ListedSample], tuple[str, ...]]:
+    """Samples whose bucket the config's geometry allows; refuses when it allows none."""
+    wanted = geometry(config, spec)
+    sizes: set[tuple[int, int]] = set()
+    for resolution in wanted.resolutions:
+        if isinstance(resolution, tuple):
+            sizes.add(nearest_size(1, 1, resolution, wanted.grid))
+        else:
+            sizes |= set(aspect_sizes(resolution, wanted.grid))
+
+    def fits(bucket: Bucket) -> bool:
+        return bucket.num_frames in (1, wanted.num_frames) and (bucket.height, bucket.width) in sizes
+
+    allowed = [sample for sample in samples if fits(sample.bucket)]
+    others = sorted({str(sample.bucket) for sample in samples if not fits(sample.bucket)})
+    if not allowed:
+        asked = f"resolution={config.resolution} frames={config.frames}"
+        raise StoreError(
+            f"the store's buckets ({', '.join(others)}) are not those of {asked}; cut the clips for this preset "
+            "with make ingest and make encode, or leave PRESET out"
+        )
+    left_out = len(samples) - len(allowed)
+    return allowed, (f"{left_out} samples of buckets {', '.join(others)} are left out",) if left_out else ()
+
+
+def check_rows(samples: list[ListedSample], reader: StoreReader) -> None:
+    """Every listed variant and caption, and the empty caption, has a row."""
+    missing = [key for sample in samples for key in sample.keys if key not in reader.latents]
+    if missing:
+        raise StoreError(f"{len(missing)} listed samples are not in the store (first: {missing[0]}); run: make encode")
+    captions = {key for sample in samples for key in sample.captions} | {EMPTY_CAPTION}
+    if unknown := sorted(captions - set(reader.texts)):
+        raise StoreError(f"{len(unknown)} captions are not in the store (first: {unknown[0]}); run: make encode")
