@@ -181,7 +181,7 @@ def _residual(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
 
 
 def _residual_down(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
-    shortcut = block.avg_shortcut(hidden)  # identity 3: the stock module is right for any number of frames
+    shortcut: Tensor = block.avg_shortcut(hidden)  # identity 3: the stock module is right for any number of frames
     hidden = _walk(block.resnets, hidden, trip)
     if block.downsampler is not None:
         hidden = _resample(hidden, block.downsampler, trip)
@@ -195,7 +195,8 @@ def _residual_up(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
         hidden = _resample(hidden, block.upsampler, trip)
     if block.avg_shortcut is None:
         return hidden
-    return hidden + block.avg_shortcut(inputs, first_chunk=trip.first)  # identity 5
+    shortcut: Tensor = block.avg_shortcut(inputs, first_chunk=trip.first)  # identity 5
+    return hidden + shortcut
 
 
 def _up(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
@@ -272,7 +273,8 @@ def _norm(hidden: Tensor, norm: WanRMS_norm) -> Tensor:
     wide = hidden.float() if half else hidden
     inverse = wide.square().sum(1, keepdim=True).clamp_min_(1e-24).rsqrt_()  # F.normalize's eps 1e-12, squared
     gain = (norm.gamma * norm.scale).to(hidden.dtype)
-    return (wide * inverse).to(hidden.dtype) * gain
+    normed: Tensor = (wide * inverse).to(hidden.dtype) * gain
+    return normed
 
 
 def _norm_silu(hidden: Tensor, norm: WanRMS_norm) -> Tensor:

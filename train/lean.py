@@ -195,8 +195,8 @@ def linears(hidden: Tensor, layers: Sequence[nn.Module], fuse: bool = True) -> l
     return outputs
 
 
-def _base(layer: nn.Module, hidden: Tensor, adapter: _Adapter | None) -> Tensor:
-    inner: Any = layer.base_layer if adapter is not None else layer
+def _base(layer: Any, hidden: Tensor, adapter: _Adapter | None) -> Tensor:
+    inner = layer.base_layer if adapter is not None else layer
     output: Tensor = F.linear(hidden, inner.weight, inner.bias) if type(inner) is nn.Linear else inner(hidden)
     return output
 
@@ -208,10 +208,10 @@ def _lower(hidden: Tensor, adapters: Sequence[_Adapter]) -> Sequence[Tensor]:
     if not adapters:
         return []
     stacked = torch.cat([a.down_rd for a in adapters]).to(hidden.dtype)
-    return F.linear(hidden, stacked).split([len(a.down_rd) for a in adapters], dim=-1)
+    return torch.split(F.linear(hidden, stacked), [len(a.down_rd) for a in adapters], dim=-1)
 
 
-def _adapter(layer: nn.Module) -> _Adapter | None:
+def _adapter(layer: Any) -> _Adapter | None:
     """The one plain LoRA adapter at work in a layer, None when there is something else to honour."""
     if type(layer) is not LoraLinear or layer.disable_adapters or layer.merged:
         return None
@@ -229,12 +229,17 @@ def _self_attention(attention: Any, hidden_BNd: Tensor, rope: Rope, fuse: bool) 
     query = _rotate(_heads(attention.norm_q(query), attention.heads), rope)
     key = _rotate(_heads(attention.norm_k(key), attention.heads), rope)
     value = _heads(value, attention.heads)
-    spans = (-1, rope.attention_span)  # (B, N, H, D) to (B, spans, H, tokens, D)
-    query, key, value = (part.unflatten(1, spans).transpose(2, 3) for part in (query, key, value))
+    query, key, value = (_spans(part, rope.attention_span) for part in (query, key, value))
     if query.shape[1] == 1:  # one span: four dimensions reach the fast kernels
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
     mixed = F.scaled_dot_product_attention(query, key, value).transpose(-3, -2)
     return linears(mixed.reshape(hidden_BNd.shape[0], hidden_BNd.shape[1], -1), [attention.to_out[0]], fuse)[0]
+
+
+def _spans(states_BNHD: Tensor, tokens: int) -> Tensor:
+    """(B, N, H, D) to (B, spans, H, tokens, D)."""
+    batch, _, heads, size = states_BNHD.shape
+    return states_BNHD.view(batch, -1, tokens, heads, size).transpose(2, 3)
 
 
 def _cross_attention(attention: Any, hidden_BNd: Tensor, text: Text, fuse: bool) -> Tensor:
@@ -248,12 +253,12 @@ def _cross_attention(attention: Any, hidden_BNd: Tensor, text: Text, fuse: bool)
 
 
 def _heads(hidden_BNd: Tensor, heads: int) -> Tensor:
-    return hidden_BNd.unflatten(2, (heads, -1))
+    return hidden_BNd.view(*hidden_BNd.shape[:2], heads, -1)
 
 
 def _rotate(states_BNHD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of neighbouring channels by its token's angle."""
-    even, odd = states_BNHD.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = states_BNHD.view(*states_BNHD.shape[:-1], -1, 2).unbind(-1)
     turned = (even * rope.cos_N1f - odd * rope.sin_N1f, even * rope.sin_N1f + odd * rope.cos_N1f)
     return torch.stack(turned, dim=-1).flatten(-2).type_as(states_BNHD)
 
@@ -295,7 +300,7 @@ def _head(
     return velocity
 
 
-def _layer_norm(hidden: Tensor, norm: nn.Module) -> Tensor:
+def _layer_norm(hidden: Tensor, norm: Any) -> Tensor:
     """In float32 or wider; the result stays wide. `nn.Identity` stands for Wan variants without a norm there."""
     wide = _wide(hidden)
     if isinstance(norm, nn.Identity):

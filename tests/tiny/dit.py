@@ -79,7 +79,7 @@ def train_dit(examples: Examples, schedule: DitSchedule, seed: int, work: Path) 
     run = Run(work / "dit.pt", schedule.steps, dit, optimizer, average)
     for step in run.steps():
         loss = _loss(dit, examples, schedule, np.random.default_rng((seed, 2, step)))
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step(_rate(schedule, step))
         _average(run.average, dit, min(schedule.average_decay, (step + 1) / (step + 10)))
         run.note(loss=loss.item())
@@ -100,7 +100,7 @@ def make_examples(
         texts += [caption(attributes, verb) for verb in VERBS]
         captions += [list(range(len(texts) - len(VERBS), len(texts)))] * clips
         video_BCTHW = torch.stack([draw_clip(attributes, rng) for _ in range(clips)])
-        latents += [encode_mode(vae, part) for part in video_BCTHW.split(16)]
+        latents += [encode_mode(vae, part) for part in torch.split(video_BCTHW, 16)]
     return Examples(torch.cat(latents), captions, embed(tokenizer, encoder, texts))
 
 
@@ -110,7 +110,7 @@ def _loss(dit: WanTransformer3DModel, examples: Examples, schedule: DitSchedule,
     dropped = rng.random(schedule.batch_size) < schedule.caption_dropout
     texts = [examples.embeddings[0 if drop else index] for index, drop in zip(chosen, dropped, strict=True)]
     projected = project_text(dit, torch.cat(texts))  # one call for all rows; the last one is the padding's
-    parts = projected[:-1].split([len(text) for text in texts])
+    parts = torch.split(projected[:-1], [len(text) for text in texts])
     text = collate_text([torch.cat([part, projected[-1:]]) for part in parts])
     normal_B = rng.normal(schedule.sigma_mean, schedule.sigma_std, schedule.batch_size).astype(np.float32)
     sigma_B = torch.sigmoid(torch.from_numpy(normal_B))

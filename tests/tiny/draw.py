@@ -152,20 +152,44 @@ def contact_sheet(videos: Sequence[Tensor], labels: Sequence[str], path: Path, s
 
 def signed_distance(shape: str, x: Array, y: Array, radius: float) -> Array:
     """Pixels to the outline, negative inside; y points down. The shape's centroid is the origin."""
-    if shape == "circle":
-        return np.hypot(x, y) - radius
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius
-    if shape == "triangle":  # equilateral, apex up, corners at 1.15 radius from the centroid
-        half = 1.15 * radius / 2
-        return np.maximum(np.abs(x) * np.sqrt(0.75) - y / 2 - half, y - half)
-    if shape == "ring":
-        return np.abs(np.hypot(x, y) - 0.72 * radius) - 0.28 * radius
-    if shape == "star":
-        return np.hypot(x, y) - radius * (0.8 + 0.3 * np.cos(5 * np.arctan2(x, -y)))
-    if shape == "cross":
-        return np.maximum(np.minimum(np.abs(x), np.abs(y)) - 0.3 * radius, np.maximum(np.abs(x), np.abs(y)) - radius)
-    raise KeyError(shape)
+    return _OUTLINES[shape](x, y, radius)
+
+
+def _circle(x: Array, y: Array, radius: float) -> Array:
+    return np.asarray(np.hypot(x, y) - radius)
+
+
+def _square(x: Array, y: Array, radius: float) -> Array:
+    return np.asarray(np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius)
+
+
+def _triangle(x: Array, y: Array, radius: float) -> Array:
+    """Equilateral, apex up, corners at 1.15 radius from the centroid."""
+    half = 1.15 * radius / 2
+    return np.asarray(np.maximum(np.abs(x) * np.sqrt(0.75) - y / 2 - half, y - half))
+
+
+def _ring(x: Array, y: Array, radius: float) -> Array:
+    return np.asarray(np.abs(np.hypot(x, y) - 0.72 * radius) - 0.28 * radius)
+
+
+def _star(x: Array, y: Array, radius: float) -> Array:
+    return np.asarray(np.hypot(x, y) - radius * (0.8 + 0.3 * np.cos(5 * np.arctan2(x, -y))))
+
+
+def _cross(x: Array, y: Array, radius: float) -> Array:
+    near, far = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
+    return np.asarray(np.maximum(near - 0.3 * radius, far - radius))
+
+
+_OUTLINES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "ring": _ring,
+    "star": _star,
+    "cross": _cross,
+}
 
 
 def _actor(shape: str, colors: tuple[RGB, RGB], direction: str, rng: np.random.Generator) -> Actor:

@@ -116,7 +116,7 @@ def measure(folder: Path, sampling: Sampling, seed: int) -> tuple[Measured, list
     rng = np.random.default_rng((seed, 5))  # clips that no training stage has drawn
     shown = [COMBINATIONS[index] for index in rng.integers(len(COMBINATIONS), size=sampling.measured_clips)]
     clips = [draw_clip(attributes, rng) for attributes in shown]
-    rebuilt = [_rebuild(pipeline.vae, clip) for clip in clips]
+    rebuilt = [rebuild(pipeline.vae, clip) for clip in clips]
     varied = [draw_varied(rng) for _ in range(sampling.measured_clips)]
     quality = [psnr(new, clip) for new, clip in zip(rebuilt, clips, strict=True)]
     asked = asked_combinations(sampling.prompts, seed)
@@ -125,7 +125,7 @@ def measure(folder: Path, sampling: Sampling, seed: int) -> tuple[Measured, list
     return Measured(
         psnr=float(np.mean(quality)),
         worst_psnr=min(quality),
-        varied_psnr=float(np.mean([psnr(_rebuild(pipeline.vae, clip), clip) for clip in varied])),
+        varied_psnr=float(np.mean([psnr(rebuild(pipeline.vae, clip), clip) for clip in varied])),
         real=count_followed(clips, shown),
         rebuilt=count_followed(rebuilt, shown),
         followed=count_followed(videos, asked),
@@ -137,5 +137,7 @@ def measure(folder: Path, sampling: Sampling, seed: int) -> tuple[Measured, list
     ), videos
 
 
-def _rebuild(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+@torch.no_grad()
+def rebuild(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """A video (3, T, H, W) through the VAE and back."""
     return decode(vae, encode_mode(vae, video[None]))[0]

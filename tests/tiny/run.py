@@ -23,9 +23,15 @@ class Run:
     """Steps of one stage; `cpu_seconds` adds up over restarts."""
 
     def __init__(
-        self, file: Path, steps: int, model: nn.Module, optimizer: MuonAdam, average: dict[str, Tensor] | None = None
+        self,
+        file: Path,
+        steps: int,
+        model: nn.Module,
+        optimizer: MuonAdam,
+        average: dict[str, Tensor] | None = None,
+        save_every: int = SAVE_EVERY,
     ) -> None:
-        self.file, self.total = file, steps
+        self.file, self.total, self.save_every = file, steps, save_every
         self.model, self.optimizer, self.average = model, optimizer, average or {}
         self.done, self.before = 0, 0.0
         self.figures: dict[str, float] = {}
@@ -47,7 +53,7 @@ class Run:
             if last or self.done % LOG_EVERY == 0:
                 text = " ".join(f"{name} {value:.4f}" for name, value in self.figures.items())
                 click.echo(f"{self.file.stem} {self.done}/{self.total} {text} cpu {self.cpu_seconds:.0f} s")
-            if last or self.done % SAVE_EVERY == 0:
+            if last or self.done % self.save_every == 0:
                 self._save()
 
     def note(self, **figures: float) -> None:

@@ -78,7 +78,7 @@ def train_vae(schedule: VaeSchedule, seed: int, work: Path) -> tuple[Autoencoder
     run = Run(work / "vae.pt", schedule.steps, vae, optimizer)
     for step in run.steps():
         loss, quality = _loss(vae, schedule, step, seed)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step(_rate(schedule, step))
         run.note(loss=loss.item(), psnr=quality)
     measure_statistics(vae, schedule.statistics_clips, seed)

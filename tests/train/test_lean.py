@@ -1,7 +1,7 @@
 """The lean forward equals stock diffusers and peft: output and gradients, every kind of model, every saving on or off.
 
-Stock casts norms, residual sums and modulation to float32 even in a double model. The fixture `double_stock` makes those
-casts leave float64 alone, so that the reference is exact and 1e-10 can be asked for.
+Stock casts norms, residual sums and modulation to float32 even in a double model. The fixture `double_stock` makes
+those casts leave float64 alone, so that the reference is exact and 1e-10 can be asked for.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def test_adapters_of_another_dtype_are_cast_down_and_trained_in_their_own() -> N
     layer = case.model.blocks[0].attn1.to_q
     layer.base_layer.to(torch.bfloat16)
     (output,) = linears(torch.randn(1, 3, 24, dtype=torch.bfloat16), [layer])
-    output.float().square().sum().backward()
+    torch.autograd.backward(output.float().square().sum())
     assert output.dtype == torch.bfloat16
     assert layer.lora_A.default.weight.grad.dtype == torch.float32
 
