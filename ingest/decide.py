@@ -1,0 +1,140 @@
+"""Sources -> kept samples, drops, and the jobs that are still to do. Cost: none; all that is measured is in the ledger.
+
+A pure function of dataset, config and ledger, asked again after every round of jobs until no job is left.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ingest.discover import Found
+from ingest.gates import Duplicates, Measures, refusal
+from ingest.ledger import FileEntry, Learned, Ledger
+from ingest.plan import ClipPlan, Planner, Sample
+from ingest.probe import Facts, Unusable
+from ingest.scenes import SceneJob
+from ingest.transcode import Job
+from shared.shards import Drop
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the dataset that can be read."""
+
+    found: Found
+    path: Path
+    sha256: str
+    facts: Facts
+
+
+@dataclass
+class Decision:
+    """What becomes of the sources: kept samples in dataset order, drops, jobs to do before this is final."""
+
+    kept: list[tuple[Source, Sample]] = field(default_factory=list)
+    dropped: list[Drop] = field(default_factory=list)
+    jobs: list[Job | SceneJob] = field(default_factory=list)
+
+    def drop(self, source: Source, reason: str, start: float | None = None, value: float | None = None) -> None:
+        """Note a drop."""
+        self.dropped.append(Drop(source=source.found.path, reason=reason, start=start, value=value))
+
+
+def usable(root: Path, files: Iterable[Found], ledger: Ledger) -> tuple[list[Source], list[Drop]]:
+    """Sources that can be used, each content once; the others with the reason."""
+    sources: list[Source] = []
+    dropped = []
+    first: dict[str, str] = {}
+    for found in files:
+        entry: FileEntry | None = ledger.files.get(found.path)
+        if entry is None:
+            continue  # it could not be read; said where that was found
+        reason = entry.problem
+        if entry.sha256 in first:
+            reason = f"same bytes as {first[entry.sha256]}"
+        elif reason is None and not found.captions:
+            reason = "no caption: write it to a .txt file of the same name, or set caption.model"
+        if reason is None and entry.facts is not None:
+            first[entry.sha256] = found.path
+            sources.append(Source(found, root / found.path, entry.sha256, entry.facts))
+        else:
+            dropped.append(Drop(source=found.path, reason=reason or "unknown"))
+    return sources, dropped
+
+
+def decide(sources: list[Source], planner: Planner, ledger: Ledger, present: set[str]) -> Decision:
+    """Judge every sample by what is known. `present`: keys whose pixels are in a tar or in staging."""
+    decision = Decision()
+    bits = planner.config.gates.near_duplicate
+    judge = Judge(planner, present, None if bits is None else Duplicates(bits), decision)
+    for source in sources:
+        known = ledger.of(source.sha256)
+        for plan in clip_plans(source, planner, known, decision):
+            judge.clip(source, plan, known)
+    return decision
+
+
+def clip_plans(source: Source, planner: Planner, known: Learned, decision: Decision) -> list[ClipPlan]:
+    """Plans of a source's clips; none when its scenes are still to be found or it is unusable."""
+    facts, longest = source.facts, planner.config.video_config.max_duration
+    long = not source.found.is_image and longest is not None and facts.end - facts.start > longest
+    if long and known.scenes is None:
+        if "scenes" in known.failed:
+            decision.drop(source, known.failed["scenes"])
+        else:
+            decision.jobs.append(SceneJob(source.path, source.sha256, facts))
+        return []
+    try:
+        if source.found.is_image:
+            return planner.image(facts, source.sha256)
+        return planner.video(facts, source.sha256, known.scenes or ())
+    except Unusable as problem:
+        decision.drop(source, str(problem))
+        return []
+
+
+@dataclass
+class Judge:
+    """Puts samples into the decision: kept, dropped, or to be made first."""
+
+    planner: Planner
+    present: set[str]
+    twins: Duplicates | None
+    decision: Decision
+
+    def clip(self, source: Source, plan: ClipPlan, known: Learned) -> None:
+        """All samples of one clip."""
+        if not plan.samples:
+            self.decision.drop(source, self.planner.too_short(source.facts, plan.clip), plan.clip.start)
+        elif plan.look and plan.look not in known.bars:
+            self.decision.jobs.append(Job(source.path, source.sha256, source.facts, plan.samples, plan.look))
+        else:
+            if plan.look:
+                plan = self.planner.cropped(source.facts, source.sha256, plan, known.bars[plan.look])
+            missing = tuple(sample for sample in plan.samples if self.lacks(source, sample, known))
+            if missing:
+                self.decision.jobs.append(Job(source.path, source.sha256, source.facts, missing))
+
+    def lacks(self, source: Source, sample: Sample, known: Learned) -> bool:
+        """Keep or drop one sample; True when it has to be made before that can be said, or because it is kept."""
+        if sample.key in known.failed:
+            self.decision.drop(source, known.failed[sample.key], sample.window.start)
+            return False
+        if sample.key not in known.measures:
+            return True
+        fault = self.fault(source, sample, known.measures[sample.key])
+        if fault:
+            self.decision.drop(source, fault[0], sample.window.start, fault[1])
+            return False
+        self.decision.kept.append((source, sample))
+        return sample.key not in self.present
+
+    def fault(self, source: Source, sample: Sample, measures: Measures) -> tuple[str, float] | None:
+        """(reason, value) of the first gate that a measured sample fails."""
+        window = sample.window
+        fault = refusal(measures, self.planner.config.gates, float(window.rate), window.still)
+        if fault is None and self.twins is not None:
+            twin = self.twins.twin_of(source.found.path, (sample.bucket, window.variant), measures.hashes)
+            if twin:
+                return f"looks like {twin[0]}: {twin[1]} of 64 bits apart", float(twin[1])
+        return fault

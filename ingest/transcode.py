@@ -1,0 +1,218 @@
+"""Samples -> files: one ffmpeg process of one thread per clip, or Pillow for a still picture.
+
+Input: a source, its facts and samples of one clip. Output: `<key>.mp4|mkv|png` and the clip's outcome in the staging
+folder. Cost: decoding from the keyframe before the clip to its end once, and one scale and one encode per sample.
+"""
+
+import tempfile
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from ingest import colour
+from ingest.gates import GREY_SIDE, Measures, measure
+from ingest.ledger import Learned, Outcome
+from ingest.letterbox import bars_of, detector
+from ingest.plan import Box, Sample
+from ingest.probe import Facts, Unusable
+from ingest.runner import Runner, Stopped, compiled, source_input
+from shared.files import PART, sync, write_json
+
+BASE_LIMIT = 120.0  # seconds a clip may always take
+PIXEL_RATE = 1.5e6  # pixels per second that the slowest machine is expected to work through
+FLAGS = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Samples of one clip that have to be made; `look`: name of the black-bar measurement to make, if any."""
+
+    path: Path
+    source: str  # sha256
+    facts: Facts
+    samples: tuple[Sample, ...]
+    look: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of video that are decoded, about."""
+        return max(s.window.start + s.window.duration for s in self.samples) - min(s.window.start for s in self.samples)
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which the clip is given up."""
+        picture = self.facts.width * self.facts.height
+        made = sum(s.scaled[0] * s.scaled[1] * s.window.count for s in self.samples)
+        return BASE_LIMIT + (self.seconds * self.facts.fps * picture + made) / PIXEL_RATE
+
+
+def transcode(job: Job, runner: Runner) -> Outcome:
+    """Make a job's samples; each is in staging, whole, when this returns. A window that fails is in learned.failed.
+
+    Raises Stopped after Runner.stop, OSError for a full disk.
+    """
+    outcome = Outcome(sha256=job.source, learned=attempt(job, runner))
+    write_json(runner.staging / f"{job.samples[0].key}.json", outcome.model_dump(mode="json"))
+    return outcome
+
+
+def attempt(job: Job, runner: Runner) -> Learned:
+    """Make all samples at once; where that fails, window by window: damage in one place must not cost the others."""
+    try:
+        return together(job, runner)
+    except Unusable as problem:
+        windows = list(dict.fromkeys(sample.window for sample in job.samples))
+        learned = Learned(bars={job.look: None}) if job.look else Learned()
+        if len(windows) == 1:
+            return learned.updated(Learned(failed={sample.key: str(problem) for sample in job.samples}))
+        for window in windows:
+            samples = tuple(sample for sample in job.samples if sample.window == window)
+            learned = learned.updated(attempt(replace(job, samples=samples, look=None), runner))
+        return learned
+
+
+def together(job: Job, runner: Runner) -> Learned:
+    """Make all of a job's samples in one process, check them, and move them to staging."""
+    with tempfile.TemporaryDirectory(dir=runner.staging, suffix=PART) as name:
+        folder = Path(name)
+        if runner.stopping.is_set():
+            raise Stopped
+        try:
+            measures = picture(job, folder) if job.samples[0].window.still else video(job, folder, runner)
+        except (Unusable, OSError):
+            if runner.stopping.is_set():
+                raise Stopped from None
+            raise
+        bars = {job.look: read_bars(job, folder)} if job.look else {}
+        for sample in job.samples:
+            made = folder / f"{sample.key}.{sample.extension}"
+            sync(made)  # the name in staging stands for whole bytes
+            made.replace(runner.staging / made.name)
+        return Learned(bars=bars, measures=measures)
+
+
+def video(job: Job, folder: Path, runner: Runner) -> dict[str, Measures]:
+    """Run ffmpeg for a job and measure what it made; raises Unusable when frames are missing."""
+    import numpy as np
+
+    runner.run(arguments(job), folder, job.limit)
+    measures = {}
+    for sample in job.samples:
+        width, height = grey_size(sample.scaled)
+        grey = np.fromfile(folder / f"{sample.key}.gray", dtype=np.uint8).reshape(-1, height, width)
+        if len(grey) != sample.window.count:
+            raise Unusable(
+                f"only {len(grey)} of {sample.window.count} frames can be decoded at {sample.window.start:.2f} s"
+            )
+        measures[sample.key] = measure(grey)
+    return measures
+
+
+def read_bars(job: Job, folder: Path) -> Box | None:
+    """The picture without its black bars, from all windows of the clip; None when there are no bars."""
+    import numpy as np
+
+    windows = {sample.window: sample for sample in job.samples}
+    greys = []
+    for sample in windows.values():
+        width, height = grey_size(sample.scaled)
+        greys.append(np.fromfile(folder / f"{sample.key}.gray", dtype=np.uint8).reshape(-1, height, width))
+    logs = [(folder / f"{sample.key}.bars").read_text() for sample in windows.values()]
+    return bars_of(logs, greys, (job.facts.width, job.facts.height))
+
+
+def arguments(job: Job) -> list[str]:
+    """ffmpeg's arguments, without the program; output files are named by key in the current folder."""
+    start = min(sample.window.start for sample in job.samples)
+    keyframe = max((time for time in job.facts.keyframes if time <= start), default=0.0)
+    stream = source_input(job.path, job.facts, keyframe)
+    if job.facts.interlaced:
+        stream = stream.filter("bwdif", mode="send_frame")
+    outputs = [output for sample, branch in branches(stream, job) for output in encoded(sample, branch)]
+    return compiled(outputs)
+
+
+def branches(stream: Any, job: Job) -> list[tuple[Sample, Any]]:
+    """One filter branch per sample: its window's frames, scaled, in BT.709. Shared work is done once."""
+    done = []
+    rates = list(dict.fromkeys(sample.window.rate for sample in job.samples))
+    for rate, at_rate in zip(rates, split(stream, len(rates)), strict=True):
+        resampled = at_rate.filter("fps", fps=str(rate), round="near")
+        windows = list(dict.fromkeys(sample.window for sample in job.samples if sample.window.rate == rate))
+        for window, copy in zip(windows, split(resampled, len(windows)), strict=True):
+            samples = [sample for sample in job.samples if sample.window == window]
+            frames = copy.filter("trim", start_pts=window.first, end_pts=window.first + window.count)
+            seen = detector(frames, job.facts, f"{samples[0].key}.bars") if job.look else frames
+            parts = split(colour.prepared(seen, job.facts), len(samples))
+            done += [(sample, scaled(sample, part, job.facts)) for sample, part in zip(samples, parts, strict=True)]
+    return done
+
+
+def split(stream: Any, count: int) -> list[Any]:
+    """`count` copies of a stream."""
+    if count == 1:
+        return [stream]
+    copies = stream.filter_multi_output("split", count)
+    return [copies[index] for index in range(count)]
+
+
+def scaled(sample: Sample, stream: Any, facts: Facts) -> Any:
+    """Cut black bars away, scale, convert to BT.709 limited range (RGB for lossless)."""
+    box = sample.content
+    if (box.width, box.height) != (facts.width, facts.height):
+        stream = stream.filter("crop", box.width, box.height, box.left, box.top, exact=1)
+    return colour.converted(stream, facts, sample.scaled, FLAGS, rgb=sample.extension == "mkv")
+
+
+def encoded(sample: Sample, stream: Any) -> list[Any]:
+    """Two outputs: the sample, and the small grey copy of the whole picture that the gates look at."""
+    whole, copy = split(stream, 2)
+    sample_stream = whole.filter("crop", sample.bucket.width, sample.bucket.height, *sample.crop)
+    if sample.window.reverse:
+        sample_stream = sample_stream.filter("reverse")
+    tick = 1 / Fraction(sample.fps).limit_denominator(10_000)
+    sample_stream = sample_stream.filter("settb", expr=str(tick)).filter("setpts", "N").filter("setsar", 1)
+    common = {"r": str(1 / tick), "threads": 1, "map_metadata": -1, "fflags": "+bitexact", "flags:v": "+bitexact"}
+    if sample.extension == "mkv":
+        codec: dict[str, Any] = {"vcodec": "ffv1", "level": 3, "pix_fmt": "bgr0"}
+    else:
+        sample_stream = sample_stream.filter("setparams", **colour.TAGS, range="tv")
+        codec = {"vcodec": "libx264", "preset": "veryfast", "crf": 12, "pix_fmt": "yuv420p", "color_range": "tv",
+                 "movflags": "+faststart", **colour.TAGS}  # fmt: skip
+    width, height = grey_size(sample.scaled)
+    grey = copy.filter("scale", width, height, flags="area", out_range="pc").filter("format", "gray")
+    return [
+        sample_stream.output(f"{sample.key}.{sample.extension}", **codec, **common),
+        grey.output(f"{sample.key}.gray", format="rawvideo", fps_mode="passthrough"),
+    ]
+
+
+def grey_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the grey copy."""
+    factor = min(1.0, GREY_SIDE / max(size))
+    return max(4, round(size[0] * factor)), max(4, round(size[1] * factor))
+
+
+def picture(job: Job, folder: Path) -> dict[str, Measures]:
+    """Make the PNGs of a still picture: EXIF rotation applied, transparency over black, Lanczos; and measure them."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    measures = {}
+    try:
+        with Image.open(job.path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, ValueError, SyntaxError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise Unusable(f"damaged: {error}") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    for sample in job.samples:
+        left, top = sample.crop
+        whole = image.resize(sample.scaled, Image.Resampling.LANCZOS)
+        cut = whole.crop((left, top, left + sample.bucket.width, top + sample.bucket.height))
+        cut.save(folder / f"{sample.key}.png", optimize=False)
+        grey = whole.convert("L").resize(grey_size(sample.scaled), Image.Resampling.BOX)
+        measures[sample.key] = measure(np.asarray(grey)[None])
+    return measures
