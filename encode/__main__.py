@@ -4,6 +4,7 @@ Without a sub-command it makes what is missing or stale and says why; it can be 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from encode.plan import Part, Plan, Recipe, dataset_list, make_plan, wanted_capt
 from encode.preview import preview, read_latents
 from encode.recipe import recipes, text_recipe
 from encode.status import describe
+from encode.verify import check_files, check_finite, compare, decoder_of, write_report
 from shared.bucket import Bucket
 from shared.cli import Group, config_options, work_option
 from shared.errors import DatasetError
@@ -24,6 +26,7 @@ from shared.progress import progress
 from shared.resolve import Choice, Resolved, resolve
 from shared.shards import Index, index_path, read_index
 from shared.store import Kind, create_store, open_store, read_datasets, read_markers, write_dataset
+from shared.store_read import StoreReader
 
 Command = Callable[..., Any]
 EMPTY = Index(dataset="", ingest_version=0)  # no samples: only texts are made
@@ -129,6 +132,67 @@ def prompts(work: Path, store: Path | None, choice: Choice, texts: tuple[str, ..
 
             run(Job(work, store, resolved.config, resolved.spec, recipe), plan, lambda count: None)
     click.echo(f"{store}: {plan.rows} texts embedded, {len(wanted) - plan.rows} were there")
+
+
+@main.command()
+@work_option
+@store_option
+@config_options
+@click.option("--samples", "count", default=4, show_default=True, help="Clips to decode and compare; 0: none.")
+def verify(work: Path, store: Path | None, choice: Choice, count: int) -> None:
+    """Check every checksum; decode a few clips, measure them against the shards and show them side by side."""
+    store = store or work / "latents.zarr"
+    markers = read_markers(open_store(store))
+    with progress("checksums", len(markers)) as advance:
+        check_files(store, markers, advance)
+    index = read_index(work) if index_path(work).is_file() else EMPTY
+    reader = StoreReader([store])
+    check_finite(reader, {sample.key: f"{sample.source} at {sample.start:g} s" for sample in index.samples})
+    click.echo(f"{store}: {len(markers)} units, {len(reader.latents)} latents, {len(reader.texts)} texts: all intact")
+    if count and index.samples:
+        resolved = resolve(choice, work / "config.json")
+        from encode.worker import device
+        from shared.weights import load_vae, torch_dtype
+
+        vae = load_vae(resolved.spec, torch_dtype(resolved.config.vae.weight_dtype)).to(device())
+        compared = list(compare(work, index, reader, decoder_of(vae), count))
+        for pair in compared:
+            click.echo(f"  {pair.psnr:5.1f} dB  {pair.sample.source} at {pair.sample.start:g} s ({pair.sample.bucket})")
+        write_report(work / "verify.png", compared)
+        click.echo(f"  side by side: {work / 'verify.png'}")
+
+
+@main.command()
+@work_option
+@store_option
+@click.option("--to", "place", required=True, help="Folder, s3://, gs:// or hf://datasets/user/name.")
+def push(work: Path, store: Path | None, place: str) -> None:
+    """Copy what the place lacks; prints the sha256 that a careful pull requires."""
+    from shared.store_share import push as copy
+
+    with ExitStack() as stack:
+        sha256, count = copy(store or work / "latents.zarr", place, transfer_bar(stack, "push"))
+    click.echo(f"{place}: {count} files copied; fetch with: make pull FROM={place} SHA256={sha256}")
+
+
+@main.command()
+@work_option
+@store_option
+@click.option("--from", "place", required=True, help="Folder, http(s)://, s3://, gs:// or hf://datasets/user/name.")
+@click.option("--sha256", default="", help="sha256 that the manifest must have, as push printed it.")
+def pull(work: Path, store: Path | None, place: str, sha256: str) -> None:
+    """Fetch what the store lacks, verified; goes on where it was interrupted."""
+    from shared.store_share import pull as copy
+
+    target = store or work / "latents.zarr"
+    with ExitStack() as stack:
+        count = copy(place, target, sha256 or None, transfer_bar(stack, "pull"))
+    click.echo(f"{target}: {count} files fetched and verified")
+
+
+def transfer_bar(stack: ExitStack, name: str) -> Callable[[int, int], Callable[[float], None]]:
+    """A progress that is started once it is known how many files and bytes there are."""
+    return lambda files, size: stack.enter_context(progress(f"{name} {size / 1e6:.0f} MB", files))
 
 
 @main.command()

@@ -6,6 +6,7 @@ A leftover of a crash is named `*.part`; `sweep_partials` removes it.
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ PART = ".part"
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open `path` for writing bytes; the name appears only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    part = path.with_name(f"{path.name}.{threading.get_native_id()}{PART}")
     try:
         with part.open("wb") as file:
             yield file

@@ -6,6 +6,7 @@ This module knows names and records and opens stores; `store_write.py` writes un
 A unit exists only if its marker does; array shapes are never trusted.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,10 +142,15 @@ def read_datasets(store: Path) -> list[DatasetList]:
 
 
 def _read_record(path: Path, kind: type[Any]) -> Any:
+    return parse_record(path.read_bytes(), kind, str(path))
+
+
+def parse_record(data: bytes, kind: type[Any], where: str, version: int = STORE_VERSION) -> Any:
+    """A record from JSON bytes, own or foreign; raises StoreError naming `where` for other versions and damage."""
     try:
-        value = read_json(path)
-        if value.get("version") != STORE_VERSION:
-            raise StoreError(f"{path} has version {value.get('version')}, this code reads version {STORE_VERSION}")
+        value = json.loads(data)
+        if value.get("version") != version:
+            raise StoreError(f"{where} has version {value.get('version')}, this code reads version {version}")
         return kind.model_validate(value)
-    except (ValueError, ValidationError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run make encode") from None
+    except (ValueError, ValidationError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{where} is damaged ({str(error).splitlines()[0]}); delete it and run make encode") from None

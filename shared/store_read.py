@@ -53,6 +53,15 @@ class ArrayFile:
             os.close(self.descriptor)
 
 
+def open_array(path: Path, chunks: int) -> ArrayFile:
+    """Open an array file; one of a local copy of a shared store is fetched first when it is not here yet."""
+    if not path.exists():
+        from shared.store_share import fetch_missing
+
+        fetch_missing(path)
+    return ArrayFile(path, chunks)
+
+
 @dataclass(frozen=True)
 class Text:
     """One caption: embedding (S, text_dim) float16 of its S real tokens, and their ids (S,)."""
@@ -83,7 +92,7 @@ class StoreReader:
             for marker in fresh_units(store) if accept is None else read_markers(open_store(store)):
                 if accept is None or marker.id in accept:
                     self._add(store, marker)
-        self._file = lru_cache(maxsize=None)(ArrayFile)
+        self._file = lru_cache(maxsize=None)(open_array)
 
     def _add(self, store: Path, marker: Marker) -> None:
         table = {"latents": self.latents, "cond": self.cond, "text": self.texts}[marker.kind]

@@ -1,0 +1,362 @@
+"""Sharing a store: what arrives is what was pushed, only what is missing travels, and nothing foreign is trusted."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.errors import StoreError
+from shared.store import marker_path, read_datasets, read_markers
+from shared.store_read import StoreReader
+from shared.store_remote import Hub, open_remote
+from shared.store_share import INCOMING, MANIFEST, fetch, local_store, look, pull, push
+from tests.formats.stores import example, normal, write_rows
+from tests.shared.servers import plain_server, range_server, s3_server
+
+
+def quiet(files: int, size: int) -> Callable[[float], None]:
+    del files, size
+    return lambda count: None
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    found = {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if name != MANIFEST}
+
+
+@contextmanager
+def pushed(kind: str, store: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The store, pushed; yields the URL to pull from."""
+    if kind == "s3":
+        with s3_server(monkeypatch) as url:
+            push(store, url, quiet)
+            yield url
+        return
+    push(store, str(there), quiet)
+    if kind == "folder":
+        yield str(there)
+        return
+    with {"ranges": range_server, "plain": plain_server}[kind](there) as url:
+        yield url
+
+
+@pytest.mark.parametrize("kind", ["folder", "ranges", "plain", "s3"])
+def test_what_is_pulled_is_what_was_pushed(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = example(tmp_path / "a.zarr")
+    with pushed(kind, store, tmp_path / "there", monkeypatch) as url:
+        fetched = pull(url, tmp_path / "b.zarr", None, quiet)
+        assert fetched == sum("/c/" in name for name in files_of(store))
+        assert files_of(tmp_path / "b.zarr") == files_of(store)
+        assert pull(url, tmp_path / "b.zarr", None, quiet) == 0
+
+
+def test_only_what_is_new_travels(tmp_path: Path) -> None:
+    store = example(tmp_path / "a.zarr")
+    _, first = push(store, str(tmp_path / "there"), quiet)
+    assert first == len(files_of(store))
+    pull(str(tmp_path / "there"), tmp_path / "b.zarr", None, quiet)
+    write_rows(store, normal(9, 2, 4, 2, 6, 8), ["new0", "new1"])
+    _, second = push(store, str(tmp_path / "there"), quiet)
+    assert second == 3  # data, metadata, marker
+    assert pull(str(tmp_path / "there"), tmp_path / "b.zarr", None, quiet) == 1
+    assert files_of(tmp_path / "b.zarr") == files_of(store)
+
+
+def test_two_stores_pushed_to_one_place_are_merged(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        store = tmp_path / f"{name}.zarr"
+        write_rows(store, normal(ord(name), 1, 4, 1, 2, 2), [f"key-{name}"])
+        push(store, str(tmp_path / "there"), quiet)
+    pull(str(tmp_path / "there"), tmp_path / "c.zarr", None, quiet)
+    assert set(StoreReader([tmp_path / "c.zarr"]).latents) == {"key-a", "key-b"}
+
+
+def test_stores_merge_by_copying_files(tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.zarr", normal(ord(name), 1, 4, 1, 2, 2), [f"key-{name}"])
+    shutil.copytree(tmp_path / "a.zarr", tmp_path / "b.zarr", dirs_exist_ok=True)
+    reader = StoreReader([tmp_path / "b.zarr"])
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(reader.latent(f"key-{name}"), normal(ord(name), 4, 1, 2, 2).astype(np.float16))
+
+
+def test_a_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    store, ranges = example(tmp_path / "a.zarr"), []
+    push(store, str(tmp_path / "there"), quiet)
+    marker = next(marker for marker in read_markers(store) if marker.kind == "latents")
+    record = next(record for record in marker.files if "/c/" in record.path)
+    left = tmp_path / "b.zarr" / f"{record.path}{INCOMING}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes((store / record.path).read_bytes()[:100])
+    with range_server(tmp_path / "there", ranges) as url:
+        pull(url, tmp_path / "b.zarr", None, quiet)
+    assert ranges == ["bytes=100-"]
+    assert files_of(tmp_path / "b.zarr") == files_of(store)
+
+
+@pytest.mark.parametrize("server", [range_server, plain_server])
+def test_a_wrong_beginning_is_fetched_again(tmp_path: Path, server: Any) -> None:
+    store = example(tmp_path / "a.zarr")
+    push(store, str(tmp_path / "there"), quiet)
+    records = [record for marker in read_markers(store) for record in marker.files if "/c/" in record.path]
+    for record in records:
+        left = tmp_path / "b.zarr" / f"{record.path}{INCOMING}"
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.write_bytes(b"?" * min(100, record.size // 2))
+    with server(tmp_path / "there") as url:
+        pull(url, tmp_path / "b.zarr", None, quiet)
+    assert files_of(tmp_path / "b.zarr") == files_of(store)
+
+
+def test_an_interrupted_pull_leaves_whole_units(tmp_path: Path) -> None:
+    store = example(tmp_path / "a.zarr")
+    push(store, str(tmp_path / "there"), quiet)
+
+    def stopping(files: int, size: int) -> Callable[[float], None]:
+        left = iter(range(2))
+
+        def advance(count: float) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        return advance
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(str(tmp_path / "there"), tmp_path / "b.zarr", None, stopping)
+    there = read_markers(tmp_path / "b.zarr")
+    assert len(there) < len(read_markers(store))
+    for marker in there:
+        assert all((tmp_path / "b.zarr" / record.path).is_file() for record in marker.files)
+    pull(str(tmp_path / "there"), tmp_path / "b.zarr", None, quiet)
+    assert files_of(tmp_path / "b.zarr") == files_of(store)
+
+
+def test_pulls_at_the_same_time_agree(tmp_path: Path) -> None:
+    store = example(tmp_path / "a.zarr")
+    push(store, str(tmp_path / "there"), quiet)
+    with range_server(tmp_path / "there") as url:
+        pulls = [threading.Thread(target=pull, args=(url, tmp_path / "b.zarr", None, quiet)) for _ in range(4)]
+        for thread in pulls:
+            thread.start()
+        for thread in pulls:
+            thread.join()
+    assert files_of(tmp_path / "b.zarr") == files_of(store)
+
+
+@pytest.mark.parametrize("server", [range_server, plain_server])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "longer", "swap", "remove"])
+def test_a_wrong_object_is_refused_by_name(tmp_path: Path, server: Any, damage: str) -> None:
+    store, there = example(tmp_path / "a.zarr"), tmp_path / "there"
+    push(store, str(there), quiet)
+    marker = next(marker for marker in read_markers(store) if marker.kind == "latents")
+    name = next(record.path for record in marker.files if "/c/" in record.path)
+    data = (there / name).read_bytes()
+    other = next(path for path in there.rglob("0") if path.is_file() and path.read_bytes() != data)
+    wrong = {"flip": bytes([data[0] ^ 1]) + data[1:], "truncate": data[:-1], "longer": data + b"?",
+             "swap": other.read_bytes(), "remove": b""}[damage]  # fmt: skip
+    (there / name).unlink() if damage == "remove" else (there / name).write_bytes(wrong)
+    with server(there) as url, pytest.raises(StoreError, match=name):
+        pull(url, tmp_path / "b.zarr", None, quiet)
+    assert marker.id not in {marker.id for marker in read_markers(tmp_path / "b.zarr")}
+    assert not list((tmp_path / "b.zarr").rglob(f"*{INCOMING}"))
+
+
+def test_the_manifest_can_be_required(tmp_path: Path) -> None:
+    sha256, _ = push(example(tmp_path / "a.zarr"), str(tmp_path / "there"), quiet)
+    assert sha256 == hashlib.sha256((tmp_path / "there" / MANIFEST).read_bytes()).hexdigest()
+    with pytest.raises(StoreError, match="SHA256"):
+        pull(str(tmp_path / "there"), tmp_path / "b.zarr", "0" * 64, quiet)
+    assert not (tmp_path / "b.zarr").exists()
+    pull(str(tmp_path / "there"), tmp_path / "b.zarr", sha256, quiet)
+
+
+def rewrite(there: Path, path: str, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file of a shared store and make its manifest agree, as an attacker can."""
+    value = change(json.loads((there / path).read_text()))
+    (there / path).write_text(json.dumps(value))
+    data, manifest = (there / path).read_bytes(), json.loads((there / MANIFEST).read_text())
+    for record in manifest["files"]:
+        if record["path"] == path:
+            record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (there / MANIFEST).write_text(json.dumps(manifest))
+
+
+def add_file(there: Path, path: str) -> None:
+    manifest = json.loads((there / MANIFEST).read_text())
+    manifest["files"].append({"path": path, "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
+    (there / MANIFEST).write_text(json.dumps(manifest))
+
+
+PATHS = ["../evil", "/etc/evil", "latents/../../evil", "units/../evil.json", "zarr.json/evil", "run.py", "",
+         "latents//zarr.json", "datasets/.evil.json", "c:\\evil", "units/evil.json", "zarr.json",
+         f"latents/{'0' * 32}/c/0/0/0/0/0/0/0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_is_no_stores_is_refused_before_anything_is_written(tmp_path: Path, path: str) -> None:
+    there = tmp_path / "there"
+    push(example(tmp_path / "a.zarr"), str(there), quiet)
+    add_file(there, path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=MANIFEST):
+        pull(str(there), tmp_path / "b.zarr", None, quiet)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def array_change(**fields: Any) -> Callable[[Any], Any]:
+    return lambda meta: meta | fields
+
+
+HUGE = [2**40, 4, 2, 6, 8]
+ZSTD = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd", "configuration": {"level": 1}}]
+ARRAYS = {
+    "huge shape": array_change(shape=HUGE),
+    "other dtype": array_change(data_type="float64"),
+    "bomb": array_change(codecs=ZSTD),
+    "storage": array_change(storage_transformers=[{"name": "evil"}]),
+    "many shards": array_change(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [1, 4, 2, 6, 8]}}),
+    "not an object": lambda meta: [meta],
+}
+
+
+@pytest.mark.parametrize("change", ARRAYS.values(), ids=ARRAYS)
+@pytest.mark.parametrize("consistent", [True, False])
+def test_an_array_other_than_ours_is_refused(tmp_path: Path, change: Callable[[Any], Any], consistent: bool) -> None:
+    there = tmp_path / "there"
+    push(example(tmp_path / "a.zarr"), str(there), quiet)
+    marker = next(marker for marker in read_markers(there) if marker.kind == "latents")
+    path = f"latents/{marker.id}/zarr.json"
+    rewrite(there, path, change)
+    if consistent:  # the marker lists the changed file too
+        record = next(
+            record for record in json.loads((there / MANIFEST).read_text())["files"] if record["path"] == path
+        )
+        rewrite(there, f"units/{marker.id}.json", lambda value: value | {
+            "files": [record if old["path"] == path else old for old in value["files"]]})  # fmt: skip
+    with pytest.raises(StoreError, match="is refused"):
+        pull(str(there), tmp_path / "b.zarr", None, quiet)
+    assert not (tmp_path / "b.zarr").exists()
+
+
+MARKERS = {
+    "other id": lambda marker: marker | {"id": "0" * 32},
+    "foreign file": lambda marker: marker | {"files": [{"path": "zarr.json", "size": 1, "sha256": "0" * 64}]},
+    "huge shape": lambda marker: marker | {"shape": HUGE},
+    "rows beyond": lambda marker: marker | {"rows": {"a": 0, "b": 7, "c": 2}},
+    "version": lambda marker: marker | {"version": 2},
+    "unknown field": lambda marker: marker | {"code": "import os"},
+    "deep": lambda marker: marker | {"made_from": "x" * 10},
+}
+
+
+@pytest.mark.parametrize("change", MARKERS.values(), ids=MARKERS)
+def test_a_marker_that_lies_is_refused(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    there = tmp_path / "there"
+    push(example(tmp_path / "a.zarr"), str(there), quiet)
+    marker = next(marker for marker in read_markers(there) if marker.kind == "latents")
+    rewrite(there, f"units/{marker.id}.json", change)
+    with pytest.raises(StoreError):
+        pull(str(there), tmp_path / "b.zarr", None, quiet)
+    assert not (tmp_path / "b.zarr").exists()
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    store, there = example(tmp_path / "a.zarr"), tmp_path / "there"
+    push(store, str(there), quiet)
+    (tmp_path / "b.zarr").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "b.zarr/latents").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="symbolic link"):
+        pull(str(there), tmp_path / "b.zarr", None, quiet)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    name = next(record.path for record in look(str(there)).manifest.files if "/c/" in record.path)
+    (tmp_path / "secret").write_bytes((there / name).read_bytes())
+    (there / name).unlink()
+    (there / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(StoreError, match="has no"):
+        pull(str(there), tmp_path / "c.zarr", None, quiet)
+
+
+def test_a_manifest_larger_than_any_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(example(tmp_path / "a.zarr"), str(tmp_path / "there"), quiet)
+    monkeypatch.setattr("shared.store_share.LARGEST_JSON", 1000)
+    with pytest.raises(StoreError, match="larger than it may be"):
+        pull(str(tmp_path / "there"), tmp_path / "b.zarr", None, quiet)
+
+
+def test_a_url_is_read_through_a_copy_that_fetches_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    store = example(tmp_path / "a.zarr")
+    push(store, str(tmp_path / "there"), quiet)
+    with range_server(tmp_path / "there") as url:
+        copy = local_store(url)
+        assert read_datasets(copy) == read_datasets(store)
+        assert not list(copy.glob("*/*/c"))
+        reader, here = StoreReader([copy]), StoreReader([store])
+        np.testing.assert_array_equal(reader.latent("sample1"), here.latent("sample1"))
+        assert len(list(copy.glob("*/*/c"))) == 1
+        for key in here.texts:
+            np.testing.assert_array_equal(reader.text(key).embedding_Sd, here.text(key).embedding_Sd)
+    np.testing.assert_array_equal(StoreReader([copy]).latent("sample2"), here.latent("sample2"))
+
+
+def test_a_swapped_object_is_not_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    store, there = example(tmp_path / "a.zarr"), tmp_path / "there"
+    push(store, str(there), quiet)
+    with plain_server(there) as url:
+        copy = local_store(url)
+        for path in there.rglob("0"):
+            if path.is_file():
+                path.write_bytes(b"?" * path.stat().st_size)
+        with pytest.raises(StoreError, match="manifest"):
+            StoreReader([copy]).latent("sample1")
+
+
+def test_a_folder_is_its_own_local_store(tmp_path: Path) -> None:
+    assert local_store(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("url", ["ftp://host/store", "file:///etc", "hf://models/user/name", "hf://datasets/name"])
+def test_other_places_are_refused(url: str) -> None:
+    with pytest.raises(StoreError, match=url):
+        open_remote(url)
+
+
+def test_a_hub_address_is_taken_apart() -> None:
+    hub = Hub("hf://datasets/user/name@v2/sets/latents.zarr/")
+    assert (hub.repo, hub.revision, hub.prefix) == ("user/name", "v2", "sets/latents.zarr/")
+
+
+def test_a_place_without_a_store_says_so(tmp_path: Path) -> None:
+    with plain_server(tmp_path) as url, pytest.raises(StoreError, match="has no MANIFEST"):
+        pull(url, tmp_path / "b.zarr", None, quiet)
+    with pytest.raises(StoreError, match="check the address"):
+        pull("http://127.0.0.1:9/none", tmp_path / "b.zarr", None, quiet)
+
+
+def test_nothing_is_pushed_over_http(tmp_path: Path) -> None:
+    store = example(tmp_path / "a.zarr")
+    with plain_server(tmp_path / "a.zarr") as url, pytest.raises(StoreError, match="over http"):
+        push(store, url, quiet)
+
+
+def test_a_marker_comes_after_its_files(tmp_path: Path) -> None:
+    store, there = example(tmp_path / "a.zarr"), tmp_path / "there"
+    push(store, str(there), quiet)
+    shared = look(str(there))
+    marker = next(iter(shared.markers.values()))
+    record = next(record for record in marker.files if "/c/" in record.path)
+    fetch(shared.remote, record, tmp_path / "b.zarr")
+    assert (tmp_path / "b.zarr" / record.path).is_file()
+    assert not marker_path(tmp_path / "b.zarr", marker.id).exists()
