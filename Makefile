@@ -9,7 +9,7 @@ WORK ?= work
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
-export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT SHA256 ROWS OUT
+export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT SHA256 ROWS OUT CARD
 
 # --flag "$VALUE" for each variable that is set; values travel through the environment, so any character is safe
 flag = $(if $($(1)),--$(2) "$$$(1)")
@@ -17,7 +17,7 @@ config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag
 store_flags = --work "$$WORK" $(call flag,STORE,store)
 run_flag = $(call flag,RUN,run)
 
-.PHONY: help setup demo tiny ingest encode status verify train explain sample export test soak check fmt bench clean
+.PHONY: help setup demo tiny ingest encode status verify train plan explain sample export test soak check fmt bench clean
 
 help: ## this list
 	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
@@ -73,6 +73,9 @@ status: $(READY) ## what the store holds, what is missing or stale
 
 train: $(READY) ## the store to an adapter; an unfinished run goes on (RESUME=no: a new one)
 	@$(PY) -m train $(store_flags) $(config_flags) $(run_flag) $(call flag,RESUME,resume)
+
+plan: $(READY) ## what PRESET and MODEL need: memory, FLOPs, steps, and whether it fits (CARD=GiB); no download
+	@$(PY) -m train plan $(store_flags) $(config_flags) $(call flag,CARD,card)
 
 explain: $(READY) ## the resolved configuration, and where each value came from
 	@$(PY) -m train explain $(store_flags) $(config_flags)

@@ -1,6 +1,7 @@
 """What all commands share: the options that are make variables, and how a user's mistake ends (one line, exit 2)."""
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ import click
 
 from shared.errors import UserError
 from shared.resolve import Choice
+
+# diffusers imports bitsandbytes where it is installed, which then asks for an optional package of kernels
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}

@@ -94,6 +94,29 @@ def explain(work: Path, store: str | None, choice: Choice) -> None:
 
 
 @main.command()
+@work_option
+@store_option
+@click.option(
+    "--card", type=click.FloatRange(1), default=None, help="GiB of the card. [default: the one here, or the preset's]"
+)
+@config_options
+def plan(work: Path, store: str | None, card: float | None, choice: Choice) -> None:
+    """Print what a config needs, what AUTO chooses, and whether it fits. Downloads nothing."""
+    from shared.resolve import resolve
+    from train.plan import report
+    from train.run import store_paths
+    from train.session import open_data
+
+    resolved = resolve(choice, work / "config.json")
+    stores = store_paths(store or None, work)
+    steps, samples = resolved.config.max_steps, None
+    if all(path.is_dir() for path in stores):
+        data, batches = open_data(resolved, stores, work)
+        steps, samples = batches.total_steps(), len(data.train)
+    click.echo("\n".join(report(resolved, card, steps, samples)))
+
+
+@main.command()
 @run_option(required=True)
 @click.option("--prompt", "prompts", multiple=True, help="What to show; repeatable. [default: sample_prompts]")
 @click.option("--negative", default=None, help="What to avoid. [default: sample_negative_prompt]")

@@ -62,24 +62,45 @@ def skeleton(source: Path, dtype: StorageDtype) -> Any:
     refuse_unsupported(config, str(source))
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(config).requires_grad_(False)
+    hold_stored(transformer, dtype)
+    return transformer
+
+
+def hold_stored(transformer: Any, dtype: StorageDtype) -> None:
+    """Give the block linears of a DiT without data the shapes of stored weights."""
     for name, linear in frozen_linears(transformer):
         shape = (linear.out_features, linear.in_features)
-        stored = SCHEMES[dtype].encode(linear.weight)  # shapes only: the weight is on the meta device
-        replace_module(transformer, name, QuantizedLinear(stored, shape, dtype, linear.bias))
-    return transformer
+        replace_module(
+            transformer, name, QuantizedLinear(SCHEMES[dtype].encode(linear.weight), shape, dtype, linear.bias)
+        )
+
+
+def keeps_float32(transformer: Any, name: str) -> bool:
+    """Whether Wan keeps the named weight in float32 (diffusers `_keep_in_fp32_modules`)."""
+    return bool(set(transformer._keep_in_fp32_modules) & set(name.split(".")))
+
+
+def dit_config(spec: ModelSpec) -> dict[str, Any]:
+    """Arguments of WanTransformer3DModel: a local folder's config.json, else the model table's facts."""
+    source = Path(spec.repo).expanduser() / spec.expert_folders[0][1]
+    if source.is_dir():
+        config = WanTransformer3DModel.load_config(source, local_files_only=True)
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+    return {"num_attention_heads": spec.heads, "attention_head_dim": spec.head_dim, "in_channels": spec.in_channels,
+            "out_channels": spec.vae.channels, "text_dim": spec.text_dim, "ffn_dim": spec.ffn_dim,
+            "num_layers": spec.num_layers, "patch_size": spec.patch_THW}  # fmt: skip
 
 
 def stored_state(transformer: Any, source: Path, dtype: StorageDtype, train_dtype: Dtype) -> dict[str, Tensor]:
     """Read every weight of a sub-folder and convert it; at most one is in memory unconverted."""
     linears = {name for name, module in transformer.named_modules() if isinstance(module, QuantizedLinear)}
-    wide = set(transformer._keep_in_fp32_modules)
     state: dict[str, Tensor] = {}
     for name, tensor in tensors_of(source):
         module = name.removesuffix(".weight")
         if module in linears:
             state[f"{module}.codes"], state[f"{module}.scale"] = store(tensor, dtype, name, quantizing_device())
         else:
-            kept = torch.float32 if wide & set(name.split(".")) else TORCH_DTYPES[train_dtype]
+            kept = torch.float32 if keeps_float32(transformer, name) else TORCH_DTYPES[train_dtype]
             state[name] = tensor.to(kept, copy=True)  # a copy, or the map of the whole file would stay
     expected = set(transformer.state_dict())
     if state.keys() != expected:

@@ -238,7 +238,7 @@ def _from_nf4(stored: Stored, shape_OI: tuple[int, int], dtype: torch.dtype) -> 
     table = torch.tensor(NF4_TABLE, device=stored.codes.device)
     pairs = torch.cartesian_prod(table, table)  # the two weights of each of the 256 bytes
     weight = torch.empty(2 * len(stored.codes), dtype=dtype, device=stored.codes.device)
-    step = CHUNK // NF4_BLOCK
+    step = 4 * CHUNK // NF4_BLOCK
     for start in range(0, len(stored.scale), step):
         scale = stored.scale[start : start + step].unsqueeze(1)
         codes = stored.codes[start * NF4_BLOCK // 2 : (start + step) * NF4_BLOCK // 2]

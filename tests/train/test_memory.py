@@ -1,0 +1,169 @@
+"""Laws of the plan: counts of the real models, FLOPs as torch counts them, bytes as a real step takes them."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shared.bucket import Bucket
+from shared.config import Config
+from shared.errors import RunError
+from shared.models import SPECS, WAN21_VAE, ModelSpec
+from shared.resolve import Choice, resolve
+from train.dryrun import CPU_ATTENTION, Alive, block_cost, block_inputs, empty_transformer, weight_cost
+from train.lean import LeanOptions, Text, lean_forward
+from train.load import dit_config
+from train.memory import (
+    GIB,
+    Placement,
+    add_up,
+    block_cost_of,
+    largest_bucket,
+    placements,
+    plan_memory,
+    refuse_if_too_large,
+    ways_to_fit,
+    weight_cost_of,
+    with_setting,
+)
+from train.plan import report
+
+SMALL = ModelSpec("small", "small", WAN21_VAE, fps=16, heads=4, head_dim=32, ffn_dim=320, num_layers=4, in_channels=16,
+                  text_dim=64)  # fmt: skip
+BUCKET = Bucket(9, 96, 128)  # 144 tokens of the small model
+
+
+def config(**values: object) -> Config:
+    return Config(lora_rank=4, resolution="128x96", frames=9, **values)
+
+
+def real_transformer(cfg: Config, layers: int) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    transformer = empty_transformer(SMALL, cfg, layers).to_empty(device="cpu")
+    transformer.rope = WanTransformer3DModel(**dit_config(SMALL) | {"num_layers": 1}).rope
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return transformer
+
+
+@pytest.mark.parametrize(("name", "count"), [("ti2v-5b", 4_999_787_712), ("t2v-a14b", 14_288_491_584),
+                                             ("i2v-a14b", 14_288_901_184), ("t2v-1.3b", 1_418_996_800)])  # fmt: skip
+def test_parameter_counts_are_those_of_the_published_models(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**dit_config(SPECS[name]))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("dtype", ["BFLOAT_16", "FLOAT_8", "INT_8", "NFLOAT_4"])
+def test_weight_bytes_are_those_of_a_real_model(dtype: str) -> None:
+    cfg = config(transformer={"weight_dtype": dtype})
+    cost = weight_cost(SMALL, cfg)
+    with torch.device("meta"):
+        state = empty_transformer(SMALL, cfg, SMALL.num_layers)
+    parts = [(name, part.nbytes) for name, part in [*state.named_parameters(), *state.named_buffers()]]
+    assert cost.blocks * (cost.block_matrices + cost.block_rest) + cost.outside == sum(
+        size for name, size in parts if ".lora_" not in name
+    )
+
+
+def test_forward_flops_follow_the_formula() -> None:
+    # per block: linears on N tokens, keys and values of S text rows, two attentions (2 FLOPs per multiply-add)
+    cfg = config(training_method="EMBEDDING")
+    cost = block_cost(SMALL, cfg, BUCKET, 2)
+    batch, tokens, rows, dim, ffn = 2, 144, 130, SMALL.dim, SMALL.ffn_dim
+    linears = 2 * tokens * (6 * dim**2 + 2 * dim * ffn) + 2 * rows * 2 * dim**2
+    attention = 4 * tokens**2 * dim + 4 * tokens * rows * dim
+    assert cost.tokens == batch * tokens
+    assert cost.forward_flops == batch * (linears + attention)
+
+
+def test_flops_are_those_torch_counts_in_a_real_step() -> None:
+    cfg = config(train_dtype="FLOAT_32", transformer={"weight_dtype": "FLOAT_32"})
+    transformer = real_transformer(cfg, 2)
+    hidden, text, modulation, rope = block_inputs(transformer, SMALL, cfg, (BUCKET, 1))
+    del hidden, modulation, rope
+    latent = torch.randn(1, *SMALL.latent_shape(9, 96, 128))
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        velocity = lean_forward(transformer, latent, torch.tensor([500.0]), Text(torch.randn_like(text.rows_BSd), None))
+        velocity.square().mean().backward()
+    cost = block_cost(SMALL, cfg, BUCKET, 1)
+    # the first block's input needs no gradient, and embedding, time and head are counted in the real step only
+    assert 2 * (cost.forward_flops + cost.backward_flops) == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT_32", "FLOAT_8"])
+@pytest.mark.parametrize("recomputed", [0, 2, 4])
+def test_bytes_of_a_real_step_are_within_ten_percent(dtype: str, recomputed: int) -> None:
+    cfg = config(train_dtype="FLOAT_32", transformer={"weight_dtype": dtype}, gradient_checkpointing="DEFAULT")
+    transformer = real_transformer(cfg, SMALL.num_layers)
+    _, text, *_ = block_inputs(transformer, SMALL, cfg, (BUCKET, 2))
+    rows = Text(torch.randn_like(text.rows_BSd), torch.zeros_like(text.bias_B11S))
+    latent = torch.randn(2, *SMALL.latent_shape(9, 96, 128))
+    for parameter in transformer.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    alive = Alive()
+    alive.ignore([list(transformer.parameters()), list(transformer.buffers()), latent, list(rows),
+                  [p.grad for p in transformer.parameters() if p.grad is not None]])  # fmt: skip
+    with alive:
+        options = LeanOptions(checkpoint_blocks=recomputed)
+        velocity = lean_forward(transformer, latent, torch.tensor([500.0, 20.0]), rows, options=options)
+        velocity.square().mean().backward()
+    costs = weight_cost_of(SMALL, cfg), block_cost(SMALL, cfg, BUCKET, 2)
+    plan = add_up(with_setting(cfg, "batch_size", 2), SMALL, costs, (BUCKET, Placement(0, recomputed)), None)
+    predicted = sum(plan.device[row] for row in ("activations", "workspace of a block", "latents of a batch"))
+    assert predicted == pytest.approx(alive.peak, rel=0.10)
+
+
+def test_auto_takes_the_first_placement_that_fits() -> None:
+    cfg, bucket = config(layer_offload_fraction="AUTO", gradient_checkpointing="DEFAULT"), BUCKET
+    costs = weight_cost_of(SMALL, cfg), block_cost_of(SMALL, cfg, bucket)
+    needs = [add_up(cfg, SMALL, costs, (bucket, placement), None).need for placement in placements(cfg, 4)]
+    assert [Placement(0, 0), Placement(0, 4), Placement(1, 4), Placement(4, 4)] == [
+        placement for number, placement in enumerate(placements(cfg, 4)) if number in (0, 4, 5, 8)
+    ]
+    for budget in (needs[0], needs[3], needs[3] - 1):
+        plan = plan_memory(cfg, SMALL, bucket, budget)
+        assert plan.need <= budget
+        assert plan.placement == next(p for p, need in zip(placements(cfg, 4), needs, strict=True) if need <= budget)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.8, 1.0])
+def test_a_fraction_that_is_asked_for_is_kept(fraction: float) -> None:
+    cfg = config(layer_offload_fraction=fraction, gradient_checkpointing="NONE")
+    assert list(placements(cfg, 30)) == [Placement(round(30 * fraction), round(30 * fraction))]
+
+
+RAM_LIMITS = {"8gb": 16, "16gb": 32, "24gb": 32, "embedding": 32}
+
+
+@pytest.mark.parametrize("preset", RAM_LIMITS)
+@pytest.mark.parametrize("model", ["ti2v-5b", "t2v-a14b", "i2v-a14b"])
+def test_presets_fit_their_card_and_ram(preset: str, model: str) -> None:
+    cfg = resolve(Choice(preset, None, model)).config
+    card = int(preset.removesuffix("gb")) if preset.endswith("gb") else 16
+    plan = plan_memory(cfg, SPECS[model], largest_bucket(cfg, SPECS[model]), card * GIB)
+    assert plan.fits
+    assert plan.ram <= RAM_LIMITS[preset] * GIB
+
+
+def test_a_run_that_does_not_fit_is_refused_with_changes_that_do() -> None:
+    spec = SPECS["t2v-a14b"]
+    cfg = resolve(Choice("16gb", None, "t2v-a14b", "layer_offload_fraction=0")).config
+    plan = plan_memory(cfg, spec, largest_bucket(cfg, spec), 16 * GIB)
+    with pytest.raises(RunError, match=r"needs \d+\.\d GiB, the device has 16\.0 GiB; it fits with SET="):
+        refuse_if_too_large(plan, cfg, spec)
+    ways = ways_to_fit(cfg, spec, 16 * GIB)
+    assert len(ways) == 2
+    for way in ways:
+        changed = resolve(Choice("16gb", None, "t2v-a14b", f"layer_offload_fraction=0 {way}")).config
+        assert plan_memory(changed, spec, largest_bucket(changed, spec), 16 * GIB).fits
+
+
+def test_the_report_ends_in_a_verdict_and_downloads_nothing() -> None:
+    lines = report(resolve(Choice("8gb", None, "t2v-a14b", "max_steps=100")), None, 100, 20)
+    assert lines[-1].startswith("verdict: fits the 8 GiB card")
+    assert any(line.startswith("  AUTO chose") for line in lines)
+    assert any("steps: 100" in line for line in lines)
+    tight = report(resolve(Choice("24gb", None, "t2v-a14b", "layer_offload_fraction=0.1")), 24.0, None, None)
+    assert "does not fit" in tight[-1]
+    assert "SET=" in tight[-1]
