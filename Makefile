@@ -25,7 +25,7 @@ help: ## this list
 	echo
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 	echo
-	echo "Variables: PRESET CONFIG SET MODEL WORK STORE DATA RUN RESUME FORMAT PROMPT SHARD FFMPEG TORCH TORCH_INDEX"
+	echo "Variables: PRESET CONFIG SET MODEL WORK STORE DATA RUN RESUME FORMAT TO FROM SHA256 PROMPT SHARD FFMPEG TORCH TORCH_INDEX"
 
 setup: $(READY) ## .venv with pinned packages (TORCH=cpu|cuda|rocm or TORCH_INDEX=URL; default: detected)
 
@@ -63,13 +63,25 @@ tiny: $(READY) ## train the embedded tiny Wan again (under an hour on 2 cores; O
 	@$(PY) -m tests.tiny $(call flag,OUT,out)
 
 ingest: $(READY) ## DATA=dataset/: videos to captioned, bucketed shards and a report
-	@$(PY) -m ingest --data "$$DATA" --work "$$WORK" $(config_flags) $(call flag,FFMPEG,ffmpeg)
+	@$(PY) -m ingest $(call flag,DATA,data) --work "$$WORK" $(config_flags) $(call flag,FFMPEG,ffmpeg)
 
 encode: $(READY) ## shards to one store of latents and text (SHARD=i/n: one machine's share)
 	@$(PY) -m encode $(store_flags) $(config_flags) $(call flag,SHARD,shard)
 
 status: $(READY) ## what the store holds, what is missing or stale
 	@$(PY) -m encode status $(store_flags) $(config_flags)
+
+verify: $(READY) ## read every checksum of the store again; decode some samples and compare
+	@$(PY) -m encode verify $(store_flags) $(config_flags)
+
+push: $(READY) ## TO=folder, s3://..., gs://... or hf://datasets/...: send the store, only what is missing there
+	@$(PY) -m encode push $(store_flags) $(call flag,TO,to)
+
+pull: $(READY) ## FROM=URL [SHA256=...]: fetch a store, verified and resumable
+	@$(PY) -m encode pull $(store_flags) $(call flag,FROM,from) $(call flag,SHA256,sha256)
+
+plan: $(READY) ## will it fit, how long will it take: before any download
+	@$(PY) -m train plan $(store_flags) $(config_flags)
 
 train: $(READY) ## the store to an adapter; an unfinished run goes on (RESUME=no: a new one)
 	@$(PY) -m train $(store_flags) $(config_flags) $(run_flag) $(call flag,RESUME,resume)
