@@ -80,9 +80,6 @@ push: $(READY) ## TO=folder, s3://..., gs://... or hf://datasets/...: send the s
 pull: $(READY) ## FROM=URL [SHA256=...]: fetch a store, verified and resumable
 	@$(PY) -m encode pull $(store_flags) $(call flag,FROM,from) $(call flag,SHA256,sha256)
 
-plan: $(READY) ## will it fit, how long will it take: before any download
-	@$(PY) -m train plan $(store_flags) $(config_flags)
-
 train: $(READY) ## the store to an adapter; an unfinished run goes on (RESUME=no: a new one)
 	@$(PY) -m train $(store_flags) $(config_flags) $(run_flag) $(call flag,RESUME,resume)
 
