@@ -17,7 +17,7 @@ config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag
 store_flags = --work "$$WORK" $(call flag,STORE,store)
 run_flag = $(call flag,RUN,run)
 
-.PHONY: help setup demo tiny ingest encode status verify train plan explain sample export test soak check fmt bench clean
+.PHONY: help setup demo tiny ingest encode status verify push pull train plan explain sample export test soak check fmt bench clean
 
 help: ## this list
 	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
