@@ -29,6 +29,10 @@ help: ## this list
 
 setup: $(READY) ## .venv with pinned packages (TORCH=cpu|cuda|rocm or TORCH_INDEX=URL; default: detected)
 
+ifneq ($(RAY),)
+$(error RAY=$(RAY): running on a Ray cluster is not built yet; use SHARD=i/n on each machine)
+endif
+
 # python3, or a versioned one, that is 3.11 to 3.13
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
