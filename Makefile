@@ -9,6 +9,7 @@ WORK ?= work
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+DEV := $(VENV)/ready-dev
 export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT SHA256 ROWS OUT CARD
 
 # --flag "$VALUE" for each variable that is set; values travel through the environment, so any character is safe
@@ -55,10 +56,15 @@ $(READY): pyproject.toml constraints.txt shared/torch_build.py
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
 	echo "installing packages into $(VENV) (once; some minutes) ..."
 	$(PY) -m pip install -q -c constraints.txt $$torch torch
-	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[share]'
 	echo "$(CHOICE)" > $(VENV)/torch-choice
 	touch $(READY)
 	echo "ready: $$($(PY) --version), torch $$($(PY) -c 'import torch; print(torch.__version__)')"
+
+$(DEV): $(READY)
+	@echo "installing the test tools (once) ..."
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[share,dev]'
+	touch $(DEV)
 
 demo: $(READY) ## first LoRA, from drawn videos to samples before and after, in minutes on a CPU
 	@$(PY) -m tests.demo
@@ -99,22 +105,22 @@ sample: $(READY) ## RUN=runs/... PROMPT="...": videos from a trained adapter
 export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA: convert a finished run
 	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format) $(call flag,OUT,out)
 
-test: $(READY) ## the tests, as CI runs them
+test: $(DEV) ## the tests, as CI runs them
 	@$(PY) -m pytest -m "not soak and not gpu"
 
-soak: $(READY) ## the fault and statistics tests with many more rounds
+soak: $(DEV) ## the fault and statistics tests with many more rounds
 	@$(PY) -m pytest -m "soak"
 
-check: $(READY) ## lint, types, walls, tests
+check: $(DEV) ## lint, types, walls, tests
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest -m "not soak and not gpu"
 
-fmt: $(READY) ## format the code
+fmt: $(DEV) ## format the code
 	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format .
 
-bench: $(READY) ## speed against baselines measured in the same run; a table and tests/bench/*.jsonl (ROWS=names)
+bench: $(DEV) ## speed against baselines measured in the same run; a table and tests/bench/*.jsonl (ROWS=names)
 	@$(PY) -m tests.bench $(call flag,ROWS,rows)
 
 clean: ## remove caches and the demo's output; never your work/ or runs/
