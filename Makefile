@@ -115,7 +115,7 @@ check: $(DEV) ## lint, types, walls, tests
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -m "not soak and not gpu"
+	$(MAKE) test
 
 fmt: $(DEV) ## format the code
 	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format .
