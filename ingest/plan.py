@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from ingest.colour import refuse_unsupported
 from ingest.cut import STILL, Clip, Strategy, Window, WindowRule, cut, windows
 from ingest.probe import Facts, Unusable
 from shared.bucket import Bucket
@@ -77,6 +78,7 @@ class Planner:
     def video(self, facts: Facts, source: str, scenes: tuple[float, ...]) -> list[ClipPlan]:
         """Clips of a video with their windows, not yet knowing of black bars; raises Unusable."""
         self.refuse_small(facts)
+        refuse_unsupported(facts)
         video, shortest = self.config.video_config, self.config.gates.min_duration
         if shortest is not None and facts.end - facts.start < shortest:
             raise Unusable(f"{facts.end - facts.start:.2f} s long, gates.min_duration asks for {shortest:g}")

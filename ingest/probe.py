@@ -163,7 +163,7 @@ def facts_of(stream: Any, frame: Any, times: Times) -> Facts:
         primaries=PRIMARIES.get(int(frame.color_primaries), "unknown"),
         full_range=int(frame.color_range) == FULL_RANGE or name.startswith("yuvj"),
         interlaced=bool(frame.interlaced_frame),
-        alpha=any(component.is_alpha for component in frame.format.components),
+        alpha=stream.metadata.get("alpha_mode") == "1" or any(part.is_alpha for part in frame.format.components),
         fps=round(times.frames / seconds, 3) if seconds > 0 else 0.0,
         variable_rate=times.variable,
         frames=times.frames,

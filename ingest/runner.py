@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import threading
 from dataclasses import dataclass, field
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ingest.probe import FORMATS, Facts, Unusable
+from shared.errors import ConfigError
 
 # time stamps stay those of the source, so that the grid of cut.py is the same wherever decoding begins
 GLOBAL = ("-v", "error", "-nostdin", "-xerror", "-copyts", "-start_at_zero", "-filter_complex_threads", "1")
+# ffmpeg's own decoders of these leave transparency out
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 class Stopped(Exception):
@@ -58,6 +62,10 @@ class Runner:
 
 def complaint(errors: str) -> Exception:
     """What to raise for ffmpeg's error output."""
+    if missing := re.search(r"No such filter: '(\w+)'|Unknown encoder '(\w+)'", errors):
+        raise ConfigError(
+            f"FFMPEG: this ffmpeg lacks {missing[1] or missing[2]}; leave FFMPEG unset to use the bundled one"
+        )
     if os.strerror(errno.ENOSPC) in errors:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     lines = [line.partition("] ")[2] or line for line in errors.splitlines() if line.strip()]
@@ -72,7 +80,10 @@ def source_input(path: Path, facts: Facts, seek: float = 0.0) -> Any:
     """
     import ffmpeg
 
-    options: dict[str, Any] = {"threads": 1, "protocol_whitelist": "file", "format_whitelist": FORMATS}
+    options: dict[str, Any] = {}
+    if facts.alpha and facts.codec in ALPHA_DECODERS:
+        options["vcodec"] = ALPHA_DECODERS[facts.codec]
+    options |= {"threads": 1, "protocol_whitelist": "file", "format_whitelist": FORMATS}
     if seek > facts.start:
         options |= {"noaccurate_seek": None, "ss": f"{seek:.6f}"}
     return ffmpeg.input(f"file:{path.absolute()}", **options)[str(facts.stream)]

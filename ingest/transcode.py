@@ -21,7 +21,6 @@ from shared.files import PART, sync, write_json
 
 BASE_LIMIT = 120.0  # seconds a clip may always take
 PIXEL_RATE = 1.5e6  # pixels per second that the slowest machine is expected to work through
-FLAGS = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def branches(stream: Any, job: Job) -> list[tuple[Sample, Any]]:
             samples = [sample for sample in job.samples if sample.window == window]
             frames = copy.filter("trim", start_pts=window.first, end_pts=window.first + window.count)
             seen = detector(frames, job.facts, f"{samples[0].key}.bars") if job.look else frames
-            parts = split(colour.prepared(seen, job.facts), len(samples))
+            parts = split(seen, len(samples))
             done += [(sample, scaled(sample, part, job.facts)) for sample, part in zip(samples, parts, strict=True)]
     return done
 
@@ -162,7 +161,7 @@ def scaled(sample: Sample, stream: Any, facts: Facts) -> Any:
     box = sample.content
     if (box.width, box.height) != (facts.width, facts.height):
         stream = stream.filter("crop", box.width, box.height, box.left, box.top, exact=1)
-    return colour.converted(stream, facts, sample.scaled, FLAGS, rgb=sample.extension == "mkv")
+    return colour.converted(stream, facts, sample.scaled, rgb=sample.extension == "mkv")
 
 
 def encoded(sample: Sample, stream: Any) -> list[Any]:

@@ -76,9 +76,7 @@ def test_an_unchanged_dataset_is_neither_read_nor_decoded_again(data: Path, tmp_
         "try:\n m.main()\nfinally:\n print(sorted({'torch', 'webdataset', 'av', 'ffmpeg'} & set(sys.modules)))"
     )
     arguments = ingest_process(data, work)[3:]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = run_command([sys.executable, "-c", code, *arguments])
     assert done.stdout.strip().endswith("[]"), done.stdout
     assert run_ingest(data, work) == first
     assert {path: path.stat().st_mtime_ns for path in shard_folder(work).iterdir()} == before

@@ -1,0 +1,150 @@
+"""A red patch keeps its colour through every tag, matrix, range and depth, and in every reader."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ingest.__main__ import bundled_ffmpeg
+from shared.shards import Index, shard_folder
+from tests.ingest.make import run_ffmpeg, run_ingest
+
+RED = (200, 40, 40)
+GATES_OFF = "gates.frozen=null gates.near_duplicate=null resolution=96"
+MATRICES = {
+    "bt709": "bt709",
+    "smpte170m": "smpte170m",
+    "bt470bg": "bt470bg",
+    "bt2020nc": "bt2020",
+    "smpte240m": "smpte240m",
+}
+# weights of red and blue in luma (ITU-T H.273, table 4)
+WEIGHTS = {
+    "bt709": (0.2126, 0.0722),
+    "smpte170m": (0.299, 0.114),
+    "bt470bg": (0.299, 0.114),
+    "bt2020nc": (0.2627, 0.0593),
+    "smpte240m": (0.212, 0.087),
+}
+
+
+def patch(path: Path, size: str, *options: str) -> None:
+    """A second of plain red, converted from RGB as the options say."""
+    path.parent.mkdir(exist_ok=True)
+    color = "".join(f"{value:02X}" for value in RED)
+    run_ffmpeg("-f", "lavfi", "-i", f"color=c=0x{color}:s={size}:r=8:d=1,format=gbrp", *options, str(path))
+    path.with_suffix(".txt").write_text(f"a red wall called {path.stem}")
+
+
+def colours(index: Index, work: Path) -> dict[str, NDArray[np.float64]]:
+    """Mean RGB per source, by PyAV's own conversion from the tags."""
+    found = {}
+    for sample in index.samples:
+        subprocess.run(["tar", "xf", shard_folder(work) / sample.shard, "-C", work], check=True)
+        with av.open(work / f"{sample.key}.{sample.extension}") as container:
+            frame = next(container.decode(video=0))
+            assert sample.extension != "mp4" or (int(frame.colorspace), int(frame.color_range)) == (1, 1)
+            found[sample.source] = frame.to_ndarray(format="rgb24").mean(axis=(0, 1))
+        command = [bundled_ffmpeg(), "-v", "error", "-i", work / f"{sample.key}.{sample.extension}", "-frames:v", "1"]
+        raw = subprocess.run(
+            [*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True
+        ).stdout
+        by_ffmpeg = np.frombuffer(raw, np.uint8).reshape(-1, 3).mean(axis=0)
+        assert np.abs(by_ffmpeg - found[sample.source]).max() <= 2
+    return found
+
+
+def exact_rgb(path: Path, matrix: str, full_range: bool) -> NDArray[np.float64]:
+    """RGB of a plain video's stored YCbCr by ITU-T H.273, equations 30-38: the law, whatever a library does."""
+    with av.open(path) as container:
+        frame = next(container.decode(video=0))
+    depth = 10 if "10" in frame.format.name else 8
+    kind = np.uint16 if depth == 10 else np.uint8
+    y, cb, cr = (float(np.frombuffer(plane, kind)[0]) / 2 ** (depth - 8) for plane in frame.planes)
+    luma, chroma = (y / 255, 255) if full_range else ((y - 16) / 219, 224)
+    blue, red = (cb - 128) / chroma, (cr - 128) / chroma
+    k_red, k_blue = WEIGHTS[matrix]
+    r, b = luma + 2 * (1 - k_red) * red, luma + 2 * (1 - k_blue) * blue
+    return np.array([r, (luma - k_red * r - k_blue * b) / (1 - k_red - k_blue), b]) * 255
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to store red."""
+
+    tag: str
+    span: str
+    depth: str
+    tagged: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.tag}_{self.span}_{self.depth}_{'tagged' if self.tagged else 'untagged'}.mp4"
+
+    def draw(self, path: Path) -> None:
+        matrix = MATRICES[self.tag]
+        tags = ("-colorspace", self.tag, "-color_range", self.span)
+        strip = ("-bsf:v", "h264_metadata=matrix_coefficients=2")
+        convert = f"scale=out_color_matrix={matrix}:out_range={self.span}:flags=accurate_rnd+full_chroma_int"
+        size = "1280x720" if matrix == "bt709" and not self.tagged else "160x96"
+        chain = ("-vf", f"{convert},format={self.depth}", "-c:v", "libx264", "-qp", "1")
+        patch(path, size, *chain, *(tags if self.tagged else strip))
+
+
+def kinds() -> list[Kind]:
+    """Every matrix, range and depth with tags; without tags: HD is BT.709, SD is BT.601, both limited."""
+    depths = ("yuv420p", "yuv444p10le")
+    tagged = [Kind(tag, span, depth, True) for tag in MATRICES for span in ("tv", "pc") for depth in depths]
+    return tagged + [Kind(tag, "tv", depth, False) for tag in ("bt709", "smpte170m") for depth in depths]
+
+
+@pytest.mark.parametrize("codec", ["x264", "lossless"])
+def test_red_survives_every_tag_matrix_range_and_depth(tmp_path: Path, codec: str) -> None:
+    data, work = tmp_path / "data", tmp_path / "work"
+    for kind in kinds():
+        kind.draw(data / kind.name)
+    found = colours(run_ingest(data, work, f"{GATES_OFF} codec={codec}"), work)
+    assert set(found) == {kind.name for kind in kinds()}
+    for kind in kinds():
+        own_error = np.abs(exact_rgb(data / kind.name, kind.tag, kind.span == "pc") - RED)  # of the source's 8 bits
+        assert own_error.max() < 2.5, kind
+        assert np.all(np.abs(found[kind.name] - RED) <= np.maximum(2, own_error + 1)), (kind, found[kind.name])
+
+
+def test_wide_gamut_is_converted_and_hdr_is_tone_mapped(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    into = "p={}:t={}:m={}:r=tv:pin=709:tin=709:min=gbr:rin=pc:npl=203"
+    for name, primaries, transfer, matrix, tags in (
+        ("wide", "2020", "2020_10", "2020_ncl", ("bt2020", "bt2020-10", "bt2020nc")),
+        ("phone", "smpte432", "709", "709", ("smpte432", "bt709", "bt709")),
+        ("pq", "2020", "smpte2084", "2020_ncl", ("bt2020", "smpte2084", "bt2020nc")),
+        ("hlg", "2020", "arib-std-b67", "2020_ncl", ("bt2020", "arib-std-b67", "bt2020nc")),
+    ):
+        chain = f"format=gbrp16le,zscale={into.format(primaries, transfer, matrix)},format=yuv420p10le"
+        flags = ("-color_primaries", tags[0], "-color_trc", tags[1], "-colorspace", tags[2], "-color_range", "tv")
+        patch(data / f"{name}.mp4", "160x96", "-vf", chain, "-c:v", "libx264", "-qp", "1", *flags)
+    index = run_ingest(data, tmp_path / "work", GATES_OFF)
+    found = {name.removesuffix(".mp4"): color for name, color in colours(index, tmp_path / "work").items()}
+    for name in ("wide", "phone"):
+        assert np.abs(found[name] - RED).max() <= 3, found
+    for name in ("pq", "hlg"):  # a curve bends what is near white; without one red is (119, 75, 60)
+        assert found[name][0] > 180
+        assert np.all(found[name][1:] < 55)
+
+
+@pytest.mark.parametrize("suffix", ["webm", "gif", "png"])
+def test_transparency_is_laid_over_black(tmp_path: Path, suffix: str) -> None:
+    alpha = "format=rgba,geq=r=200:g=40:b=40:a='if(lt(X,W/2),255,0)'"
+    codec = {"webm": ("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", "4"), "gif": (), "png": ("-frames:v", "1")}[
+        suffix
+    ]
+    if suffix == "gif":
+        alpha += ",split[a][b];[a]palettegen=reserve_transparent=1[p];[b][p]paletteuse"
+    patch(tmp_path / "data" / f"half_a_wall.{suffix}", "96x96", "-vf", alpha, *codec)
+    index = run_ingest(tmp_path / "data", tmp_path / "work", GATES_OFF)
+    color = colours(index, tmp_path / "work")[f"half_a_wall.{suffix}"]
+    assert np.abs(color - np.array(RED) / 2).max() <= 3
