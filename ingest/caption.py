@@ -12,6 +12,13 @@ MEANINGLESS = """
 """
 WORDS = (10, 50)  # length the training guide advises
 SEQUENCE_WORDS = re.compile(r"\b(first|then|finally)\b", re.IGNORECASE)
+# captions with one of these would be wrong for a clip played backwards
+DIRECTION = re.compile(
+    r"\b(left|right|up|down|(up|down|back|for|in|out|to|after|lee|sky|east|west|north|south|home)wards?|into|onto|out|"
+    r"away|through|across|(anti|counter)?-?clockwise|(open|clos|ris|fall|enter|leav|exit|arriv|depart|approach|climb|"
+    r"jump|pour|land|grow|shrink|melt|start|stopp?|begin|end|appear|disappear|walk|run|driv|rid|fly|swim)(s|es|ing)?)\b",
+    re.IGNORECASE,
+)
 TALK = re.compile(r"\b(this|the) (video|clip|footage|scene) (shows|is|depicts|features|captures)\b", re.IGNORECASE)
 
 
@@ -23,6 +30,11 @@ def caption_from_name(stem: str) -> str | None:
     real = [word for word in words if re.fullmatch(r"[^\W\d]+(['\u2019-][^\W\d]+)*[.,;!?]?", word)]
     meaning = [word for word in real if len(word) > 2 and word.lower() not in MEANINGLESS.split()]
     return " ".join(words) if meaning and len(real) == len(words) else None
+
+
+def names_direction(caption: str) -> bool:
+    """Whether a caption tells which way things go in space or time, so that reversing the clip would belie it."""
+    return DIRECTION.search(caption) is not None
 
 
 def with_prefix(captions: Iterable[str], prefix: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from ingest.probe import MICRO, Facts
 from shared.keys import fingerprint
 
 AUTO_WINDOWS = 4  # at most, per clip
+SPEEDS = {"slow": Fraction(4, 5), "fast": Fraction(5, 4)}
 SLACK = 1e-3  # of a slot; times are known to a microsecond
 Strategy = Literal["uniform", "random", "keyframe", "stretch"]
 
@@ -124,8 +125,18 @@ def windows(clip: Clip, rule: WindowRule, keyframes: tuple[float, ...], source: 
         offsets = draw.sample(range(room + 1), min(count, room + 1))
     else:
         at = sorted({math.ceil(time * rate - SLACK) - grid.start for time in keyframes})
-        offsets = spread([offset for offset in at if 0 <= offset <= room], count)
+        inside = [offset for offset in at if 0 <= offset <= room]
+        offsets = spread(inside if rule.per_clip else apart(inside, rule.num_frames), count)
     return [Window(rate, grid.start + offset, rule.num_frames) for offset in sorted(set(offsets))]
+
+
+def apart(offsets: list[int], gap: int) -> list[int]:
+    """The offsets that are at least `gap` after the one taken before, from the first on."""
+    taken: list[int] = []
+    for offset in offsets:
+        if not taken or offset - taken[-1] >= gap:
+            taken.append(offset)
+    return taken
 
 
 def spread(choices: Sequence[int], count: int) -> list[int]:
@@ -143,3 +154,16 @@ def stretched(clip: Clip, num_frames: int) -> Window:
     if len(slots(clip, rate)) < num_frames:  # the grid does not begin where the clip begins
         rate = (num_frames + 1) / length
     return Window(rate, slots(clip, rate).start, num_frames)
+
+
+def variants(window: Window, clip: Clip, reversible: bool) -> list[Window]:
+    """The window's temporal augmentations that fit in the clip: half a window later, slower, faster, backwards."""
+    origin = (window.rate, window.first)
+    made = [Window(window.rate, window.first + window.count // 2, window.count, "shift", origin)]
+    for variant, speed in SPEEDS.items():
+        rate = window.rate / speed
+        made.append(Window(rate, math.ceil(window.first / window.rate * rate), window.count, variant, origin))
+    fitting = [other for other in made if other.first + other.count <= slots(clip, other.rate).stop]
+    if reversible:
+        fitting.append(Window(window.rate, window.first, window.count, "reverse", origin))
+    return fitting

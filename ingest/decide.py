@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ingest.caption import names_direction
 from ingest.discover import Found
 from ingest.gates import Duplicates, Measures, refusal
 from ingest.ledger import FileEntry, Learned, Ledger
@@ -87,7 +88,8 @@ def clip_plans(source: Source, planner: Planner, known: Learned, decision: Decis
     try:
         if source.found.is_image:
             return planner.image(facts, source.sha256)
-        return planner.video(facts, source.sha256, known.scenes or ())
+        reversible = not any(names_direction(caption) for caption in source.found.captions)
+        return planner.video(facts, source.sha256, known.scenes or (), reversible)
     except Unusable as problem:
         decision.drop(source, str(problem))
         return []

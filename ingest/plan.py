@@ -4,12 +4,11 @@ A key is the hash of all that determines a sample's pixels; captions, names and 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from ingest.colour import refuse_unsupported
-from ingest.cut import STILL, Clip, Strategy, Window, WindowRule, cut, windows
+from ingest.cut import STILL, Clip, Strategy, Window, WindowRule, cut, variants, windows
 from ingest.probe import Facts, Unusable
 from shared.bucket import Bucket
 from shared.config import Config
@@ -75,7 +74,7 @@ class Planner:
         self.refuse_small(facts)
         return [ClipPlan(Clip(0, 0), tuple(self.samples(facts, source, STILL, None)))]
 
-    def video(self, facts: Facts, source: str, scenes: tuple[float, ...]) -> list[ClipPlan]:
+    def video(self, facts: Facts, source: str, scenes: tuple[float, ...], reversible: bool) -> list[ClipPlan]:
         """Clips of a video with their windows, not yet knowing of black bars; raises Unusable."""
         self.refuse_small(facts)
         refuse_unsupported(facts)
@@ -85,10 +84,21 @@ class Planner:
         plans = []
         for clip in cut(facts, video.max_duration, scenes):
             chosen = windows(clip, self.rule, facts.keyframes, source)
-            samples = [sample for window in chosen for sample in self.samples(facts, source, window, None)]
+            every = self.with_variants(chosen, clip, reversible)
+            samples = [sample for window in every for sample in self.samples(facts, source, window, None)]
             look = fingerprint(source=source, windows=[span_of(window) for window in chosen]) if samples else None
             plans.append(ClipPlan(clip, tuple(samples), look if self.config.gates.letterbox else None))
         return plans
+
+    def with_variants(self, chosen: list[Window], clip: Clip, reversible: bool) -> list[Window]:
+        """The windows, each followed by its temporal augmentations; no frames twice."""
+        if not self.config.video_config.temporal_augmentation:
+            return chosen
+        spans = {span_of(window): window for window in chosen}
+        for window in chosen:
+            for variant in variants(window, clip, reversible):
+                spans.setdefault(span_of(variant), variant)
+        return sorted(spans.values(), key=lambda window: (window.plain.first, window.plain.rate))
 
     def cropped(self, facts: Facts, source: str, plan: ClipPlan, bars: Box | None) -> ClipPlan:
         """The plan once the clip's black bars are known (None: it has none)."""
@@ -144,7 +154,7 @@ class Planner:
         )
 
 
-def span_of(window: Window) -> Sequence[str | int | bool]:
+def span_of(window: Window) -> tuple[str, int, int, bool]:
     """What of a window determines pixels."""
     return str(window.rate), window.first, window.count, window.reverse
 

@@ -112,7 +112,7 @@ def read_bars(job: Job, folder: Path) -> Box | None:
     """The picture without its black bars, from all windows of the clip; None when there are no bars."""
     import numpy as np
 
-    windows = {sample.window: sample for sample in job.samples}
+    windows = {sample.window: sample for sample in job.samples if sample.window.variant == "plain"}
     greys = []
     for sample in windows.values():
         width, height = grey_size(sample.scaled)
@@ -170,9 +170,11 @@ def encoded(sample: Sample, stream: Any) -> list[Any]:
     sample_stream = whole.filter("crop", sample.bucket.width, sample.bucket.height, *sample.crop)
     if sample.window.reverse:
         sample_stream = sample_stream.filter("reverse")
-    tick = 1 / Fraction(sample.fps).limit_denominator(10_000)
-    sample_stream = sample_stream.filter("settb", expr=str(tick)).filter("setpts", "N").filter("setsar", 1)
-    common = {"r": str(1 / tick), "threads": 1, "map_metadata": -1, "fflags": "+bitexact", "flags:v": "+bitexact"}
+    rate = Fraction(sample.fps).limit_denominator(10_000)
+    played = sample_stream.filter("settb", expr=str(1 / rate)).filter("setpts", "N")
+    sample_stream = played.filter("fps", fps=str(rate)).filter("setsar", 1)  # for the frame rate in the header
+    common = {"frames:v": sample.window.count, "fps_mode": "passthrough", "threads": 1}
+    common |= {"map_metadata": -1, "fflags": "+bitexact", "flags:v": "+bitexact"}
     if sample.extension == "mkv":
         codec: dict[str, Any] = {"vcodec": "ffv1", "level": 3, "pix_fmt": "bgr0"}
     else:

@@ -102,17 +102,23 @@ def kinds() -> list[Kind]:
     return tagged + [Kind(tag, "tv", depth, False) for tag in ("bt709", "smpte170m") for depth in depths]
 
 
-@pytest.mark.parametrize("codec", ["x264", "lossless"])
-def test_red_survives_every_tag_matrix_range_and_depth(tmp_path: Path, codec: str) -> None:
-    data, work = tmp_path / "data", tmp_path / "work"
+@pytest.fixture(scope="module")
+def red_walls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("walls") / "data"
     for kind in kinds():
         kind.draw(data / kind.name)
+    return data
+
+
+@pytest.mark.parametrize("codec", ["x264", "lossless"])
+def test_red_survives_every_tag_matrix_range_and_depth(red_walls: Path, tmp_path: Path, codec: str) -> None:
+    data, work = red_walls, tmp_path / "work"
     found = colours(run_ingest(data, work, f"{GATES_OFF} codec={codec}"), work)
     assert set(found) == {kind.name for kind in kinds()}
     for kind in kinds():
         own_error = np.abs(exact_rgb(data / kind.name, kind.tag, kind.span == "pc") - RED)  # of the source's 8 bits
         assert own_error.max() < 2.5, kind
-        assert np.all(np.abs(found[kind.name] - RED) <= np.maximum(2, own_error + 1)), (kind, found[kind.name])
+        assert np.all(np.abs(found[kind.name] - RED) <= np.maximum(2, own_error + 1.5)), (kind, found[kind.name])
 
 
 def test_wide_gamut_is_converted_and_hdr_is_tone_mapped(tmp_path: Path) -> None:
