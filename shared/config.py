@@ -270,7 +270,6 @@ BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "transformer.train": (True,),
     "text_encoder.train": (False,),
     "train_dtype": ("FLOAT_32", "BFLOAT_16"),
-    "layer_offload_fraction": ("AUTO", 0.0),
     "compile": (False,),
     "attention": ("AUTO", "SDPA"),
     "optimizer.name": ("ADAMW", "ADAFACTOR", "MUON"),

@@ -72,12 +72,17 @@ class MemoryPlan:
         return self.budget is None or self.need <= self.budget
 
 
+def plan_for_device(config: Config, spec: ModelSpec, device: torch.device) -> MemoryPlan:
+    """The plan of a run's largest bucket on the device at hand."""
+    return plan_memory(config, spec, largest_bucket(config, spec), device_budget(device))
+
+
 def device_budget(device: torch.device) -> int:
     """Bytes this process may use: a card's free memory with what this process holds, or a computer's available RAM."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) + CONTEXT  # the context exists already
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) + CONTEXT
 
 
 def plan_memory(config: Config, spec: ModelSpec, bucket: Bucket, budget: int | None) -> MemoryPlan:

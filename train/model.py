@@ -4,23 +4,26 @@ Weights are stored in transformer.weight_dtype, arithmetic is train_dtype. Memor
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.config import Config
 from shared.errors import ConfigError
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
-from shared.weights import torch_dtype
+from shared.weights import load_transformer, torch_dtype
+from train.condition import concat_mask
+from train.embedding import Concept
 from train.lean import LeanOptions, Places, Text, collate_text, lean_forward, project_text
 from train.load import load_quantized
+from train.memory import plan_for_device
+from train.offload import place
 
 CAPTIONS_KEPT = 4096  # projected captions in memory: 0.8 MB each at 80 tokens of A14B
-OFFLOAD_CELLS = 1 << 20  # saved tensors below this stay on the GPU: all blocks share them
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,16 @@ class Model:
     device: torch.device
     dtype: torch.dtype  # of activations
     options: LeanOptions
-    offload_checkpoints: bool = False
+    autocast: bool = False  # trained weights are kept wider than the arithmetic
+
+    def context(self) -> AbstractContextManager[Any]:
+        """What a forward runs in."""
+        return torch.autocast(self.device.type, self.dtype) if self.autocast else nullcontext()
+
+    def tokens_per_frame(self, latent_BCthw: Tensor) -> int:
+        """Tokens the DiT makes of one latent frame."""
+        _, rows, columns = self.transformer.config.patch_size
+        return latent_BCthw.shape[3] // int(rows) * (latent_BCthw.shape[4] // int(columns))
 
 
 def pick_device() -> torch.device:
@@ -40,53 +52,69 @@ def pick_device() -> torch.device:
 
 
 def load_model(spec: ModelSpec, expert: str, config: Config, device: torch.device) -> Model:
-    """Load an expert's frozen weights in their storage dtype, ready for an adapter."""
-    transformer = load_quantized(spec, expert, config.transformer.weight_dtype, config.train_dtype).to(device)
-    blocks = len(transformer.blocks) if config.gradient_checkpointing != "NONE" else 0
-    options = LeanOptions(checkpoint_blocks=blocks, temporal_attention=config.video_config.use_temporal_attention)
-    offload = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
-    return Model(transformer, device, torch_dtype(config.train_dtype), options, offload)
+    """Load an expert's frozen weights in their storage dtype, ready for an adapter; FINE_TUNE gets plain ones."""
+    if config.training_method == "FINE_TUNE":
+        return load_trainable(spec, expert, config, device)
+    placement = plan_for_device(config, spec, device).placement
+    transformer = load_quantized(spec, expert, config.transformer.weight_dtype, config.train_dtype)
+    parked = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
+    runner = place(transformer, placement, parked, device)
+    options = LeanOptions(temporal_attention=config.video_config.use_temporal_attention, run_block=runner)
+    return Model(transformer, device, torch_dtype(config.train_dtype), options)
 
 
-def park(saved: Tensor) -> Tensor:
-    """A large tensor that autograd keeps (a block's input) goes to pinned RAM."""
-    if saved.device.type == "cpu" or saved.numel() < OFFLOAD_CELLS or isinstance(saved, nn.Parameter):
-        return saved
-    host = torch.empty(saved.size(), dtype=saved.dtype, pin_memory=True)
-    return host.copy_(saved)
+def load_trainable(spec: ModelSpec, expert: str, config: Config, device: torch.device) -> Model:
+    """Load an expert whose own weights are trained."""
+    storage = config.transformer.weight_dtype
+    transformer = load_transformer(spec, expert, torch_dtype(storage)).to(device)
+    again = len(transformer.blocks) if config.gradient_checkpointing != "NONE" else 0
+    options = LeanOptions(checkpoint_blocks=again, temporal_attention=config.video_config.use_temporal_attention)
+    return Model(transformer, device, torch_dtype(config.train_dtype), options, storage != config.train_dtype)
 
 
-def predict(model: Model, noisy_BCthw: Tensor, timestep_BK: Tensor, text: Text, places: Places | None = None) -> Tensor:
-    """Velocity in float32, at timesteps in [0, 1000] given in float32."""
-    device = model.device
-
-    def fetch(saved: Tensor) -> Tensor:
-        return saved.to(device, non_blocking=True)
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(park, fetch) if model.offload_checkpoints else nullcontext()
-    with hooks:
-        noisy = noisy_BCthw.to(model.dtype)
+def predict(
+    model: Model,
+    noisy_BCthw: Tensor,
+    timestep_BK: Tensor,
+    text: Text,
+    places: Places | None = None,
+    cond_BCthw: Tensor | None = None,
+) -> Tensor:
+    """Velocity in float32, at timesteps in [0, 1000] given in float32; `cond`: condition latents of i2v."""
+    if cond_BCthw is not None:
+        noisy_BCthw = torch.cat([noisy_BCthw, concat_mask(cond_BCthw), cond_BCthw], dim=1)
+    noisy = noisy_BCthw.to(model.dtype)
+    with model.context():
         velocity = lean_forward(model.transformer, noisy, timestep_BK, text, places or Places(), model.options)
     return velocity.float()
 
 
 class TextBank:
-    """Projected captions by key; each is projected once while the projection is frozen."""
+    """Projected captions by key; each is projected once, unless the projection or the caption is in training."""
 
-    def __init__(self, model: Model, reader: StoreReader) -> None:
-        self.model, self.reader = model, reader
+    def __init__(self, model: Model, reader: StoreReader, concept: Concept | None = None, trained: bool = False) -> None:
+        self.model, self.reader, self.concept, self.trained = model, reader, concept, trained
         self.known: dict[str, Tensor] = {}
 
     def rows(self, key: str) -> Tensor:
         """(S + 1, d) of a caption key, on the model's device."""
-        if key not in self.known:
-            if len(self.known) >= CAPTIONS_KEPT:
-                del self.known[next(iter(self.known))]
-            embedding = torch.from_numpy(self.reader.text(key).embedding_Sd.copy())
-            with torch.no_grad():
-                moved = embedding.to(self.model.device, self.model.dtype)
-                self.known[key] = project_text(self.model.transformer, moved)
+        if self.concept is not None and key in self.concept.places:
+            return self.project(self.concept.embedding(key, self.reader))
+        if key in self.known:
+            return self.known[key]
+        embedding = torch.from_numpy(self.reader.text(key).embedding_Sd.copy())
+        if self.trained:
+            return self.project(embedding)
+        if len(self.known) >= CAPTIONS_KEPT:
+            del self.known[next(iter(self.known))]
+        with torch.no_grad():
+            self.known[key] = self.project(embedding)
         return self.known[key]
+
+    def project(self, embedding_Sd: Tensor) -> Tensor:
+        """Through the DiT's text projection."""
+        with self.model.context():
+            return project_text(self.model.transformer, embedding_Sd.to(self.model.device, self.model.dtype))
 
     def batch(self, keys: Iterable[str]) -> Text:
         """Text of a micro-batch."""
@@ -104,3 +132,23 @@ def refuse_mismatch(config: Config, spec: ModelSpec) -> None:
             f"first_frame_conditioning_probability={config.first_frame_conditioning_probability}: "
             f"{spec.name} takes no clean first frame; leave it at 0"
         )
+    refuse_method_mismatch(config)
+
+
+def refuse_method_mismatch(config: Config) -> None:
+    """Settings that contradict the training method."""
+    method, storage, compute = config.training_method, config.transformer.weight_dtype, config.train_dtype
+    form = f"output_model_format={config.output_model_format}"
+    if method == "FINE_TUNE":
+        if storage not in (compute, "FLOAT_32"):
+            raise ConfigError(f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}")
+        if config.prior.prediction:
+            raise ConfigError("prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off")
+        if config.output_model_format.endswith("_LORA"):
+            raise ConfigError(f"{form}: FINE_TUNE gives whole weights; use SAFETENSORS or DIFFUSERS")
+    if method == "LORA" and not config.output_model_format.endswith("_LORA"):
+        raise ConfigError(f"{form}: LORA gives an adapter; use COMFY_LORA, DIFFUSERS_LORA or KOHYA_LORA")
+    if config.peft_type != "LORA" and config.output_model_format != "COMFY_LORA":
+        raise ConfigError(f"{form} cannot hold peft_type={config.peft_type}; use COMFY_LORA")
+    if config.optimizer.rounding != "NEAREST" and storage != "BFLOAT_16":
+        raise ConfigError(f"optimizer.rounding={config.optimizer.rounding} is for trained weights in BFLOAT_16; use NEAREST")

@@ -279,6 +279,16 @@ SCHEMES: dict[str, Scheme] = {
 assert set(SCHEMES) == set(get_args(StorageDtype))
 
 
+def dtype_name(dtype: torch.dtype) -> StorageDtype:
+    """Name of a plain storage dtype."""
+    names: dict[torch.dtype, StorageDtype] = {
+        torch.float32: "FLOAT_32",
+        torch.bfloat16: "BFLOAT_16",
+        torch.float16: "FLOAT_16",
+    }
+    return names[dtype]
+
+
 def stored_bytes(shape_OI: Sequence[int], dtype: StorageDtype) -> int:
     """Bytes of codes and scales of an (O, I) weight."""
     outputs, inputs = shape_OI

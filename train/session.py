@@ -16,6 +16,7 @@ from train.data import Plan
 from train.explain import derived, plan_lines
 from train.log import RunLog
 from train.loop import train
+from train.memory import plan_for_device, refuse_if_too_large
 from train.model import TextBank, load_model, pick_device, refuse_mismatch
 from train.phases import make_phases
 from train.run import Run, open_run, start_folder
@@ -40,6 +41,7 @@ def start(run: Run, finished: bool) -> None:
     if finished and saved is not None and checkpoint.read_state(saved).step >= plan.total_steps():
         print(f"{run.folder} is finished; train on with a larger max_steps, or start anew with RESUME=no")
         return
+    refuse_if_too_large(plan_for_device(run.config, run.spec, pick_device()), run.config, run.spec)
     torch.use_deterministic_algorithms(run.config.deterministic)
     remarks = start_folder(run, data.fingerprint)
     done, skipped, more = restore(run, data)
