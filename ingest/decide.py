@@ -80,8 +80,8 @@ def clip_plans(source: Source, planner: Planner, known: Learned, decision: Decis
     facts, longest = source.facts, planner.config.video_config.max_duration
     long = not source.found.is_image and longest is not None and facts.end - facts.start > longest
     if long and known.scenes is None:
-        if "scenes" in known.failed:
-            decision.drop(source, known.failed["scenes"])
+        if problem := known.problem("scenes"):
+            decision.drop(source, problem)
         else:
             decision.jobs.append(SceneJob(source.path, source.sha256, facts))
         return []
@@ -108,6 +108,8 @@ class Judge:
         """All samples of one clip."""
         if not plan.samples:
             self.decision.drop(source, self.planner.too_short(source.facts, plan.clip), plan.clip.start)
+        elif plan.samples[0].key in known.unlucky:
+            self.decision.drop(source, known.unlucky[plan.samples[0].key], plan.clip.start)
         elif plan.look and plan.look not in known.bars:
             self.decision.jobs.append(Job(source.path, source.sha256, source.facts, plan.samples, plan.look))
         else:
@@ -119,8 +121,8 @@ class Judge:
 
     def lacks(self, source: Source, sample: Sample, known: Learned) -> bool:
         """Keep or drop one sample; True when it has to be made before that can be said, or because it is kept."""
-        if sample.key in known.failed:
-            self.decision.drop(source, known.failed[sample.key], sample.window.start)
+        if problem := known.problem(sample.key):
+            self.decision.drop(source, problem, sample.window.start)
             return False
         if sample.key not in known.measures:
             return True

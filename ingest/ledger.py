@@ -4,6 +4,7 @@ A file is known by path, size, mtime and inode; everything learned by decoding i
 leaves its outcome as a small file in work/staging; it is folded in here at the end, or at the next start after a crash.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from ingest.gates import Measures
 from ingest.plan import INGEST_VERSION, Box
-from ingest.probe import Facts
+from ingest.probe import Facts, Unlucky, Unusable
 from shared.files import read_json, write_json
 from shared.shards import Record
 
@@ -34,7 +35,18 @@ class Learned(Record):
     scenes: tuple[float, ...] | None = None
     bars: dict[str, Box | None] = Field({})
     measures: dict[str, Measures] = Field({})
-    failed: dict[str, str] = Field({})  # sample key -> reason
+    failed: dict[str, str] = Field({})  # sample key, or "scenes" -> reason
+    unlucky: dict[str, str] = Field({}, exclude=True)  # likewise, to be tried again by the next run
+
+    def problem(self, name: str) -> str | None:
+        """Why a sample, or the scenes, could not be made."""
+        return self.failed.get(name) or self.unlucky.get(name)
+
+    @classmethod
+    def without(cls, names: Iterable[str], problem: Unusable) -> "Learned":
+        """What a failure teaches."""
+        reasons = dict.fromkeys(names, str(problem))
+        return cls(unlucky=reasons) if isinstance(problem, Unlucky) else cls(failed=reasons)
 
     def updated(self, other: "Learned") -> "Learned":
         """Both, the other's word counting more."""
@@ -43,6 +55,7 @@ class Learned(Record):
             bars=self.bars | other.bars,
             measures=self.measures | other.measures,
             failed=self.failed | other.failed,
+            unlucky=self.unlucky | other.unlucky,
         )
 
 

@@ -32,6 +32,10 @@ class Unusable(Exception):
     """A source or clip that is dropped; the message is the reason, for the user."""
 
 
+class Unlucky(Unusable):
+    """Dropped for no fault of its own; the next run tries it again."""
+
+
 class Facts(Record):
     """What a video is. Sizes are of the stored picture after rotation; times are seconds from the file's start."""
 
@@ -49,6 +53,7 @@ class Facts(Record):
     alpha: bool = False
     fps: float = 0.0  # frames / duration
     variable_rate: bool = False
+    longest_frame: float = 0.0  # seconds from a frame to the next, at most
     frames: int = 1
     start: float = 0.0
     end: float = 0.0  # end of the last frame
@@ -69,6 +74,7 @@ class Times:
     start: int
     end: int
     variable: bool
+    longest: int
     keyframes: tuple[int, ...]
 
 
@@ -135,7 +141,14 @@ def read_times(container: Any, stream: Any) -> Times:
     gaps = [after[0] - before[0] for before, after in pairwise(stamps)]
     last = stamps[-1][1] or (gaps[-1] if gaps else step)
     uneven = bool(gaps) and max(gaps) - min(gaps) > 0.1 * sum(gaps) / len(gaps) + 2000  # 2 ms: Matroska's rounding
-    return Times(len(stamps), stamps[0][0], stamps[-1][0] + last, uneven, tuple(t for t, _, key in stamps if key))
+    return Times(
+        frames=len(stamps),
+        start=stamps[0][0],
+        end=stamps[-1][0] + last,
+        variable=uneven,
+        longest=max([*gaps, last]),
+        keyframes=tuple(time for time, _, key in stamps if key),
+    )
 
 
 def stamp_micro(stamp: int, time_base: Fraction, origin: Fraction) -> int:
@@ -166,6 +179,7 @@ def facts_of(stream: Any, frame: Any, times: Times) -> Facts:
         alpha=stream.metadata.get("alpha_mode") == "1" or any(part.is_alpha for part in frame.format.components),
         fps=round(times.frames / seconds, 3) if seconds > 0 else 0.0,
         variable_rate=times.variable,
+        longest_frame=times.longest / MICRO,
         frames=times.frames,
         start=times.start / MICRO,
         end=times.end / MICRO,

@@ -3,13 +3,14 @@
 import errno
 import os
 import re
+import signal
 import subprocess
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ingest.probe import FORMATS, Facts, Unusable
+from ingest.probe import FORMATS, Facts, Unlucky, Unusable
 from shared.errors import ConfigError
 
 # time stamps stay those of the source, so that the grid of cut.py is the same wherever decoding begins
@@ -32,24 +33,31 @@ class Runner:
     running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
 
     def run(self, arguments: list[str], folder: Path, limit: float) -> None:
-        """Run ffmpeg in `folder`; raises Unusable with its complaint, OSError when the disk is full."""
-        process = subprocess.Popen(
-            [self.ffmpeg, *arguments],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us; stop() ends these
-        )
+        """Run ffmpeg in `folder`; raises Unusable with its complaint, OSError for a full disk."""
+        try:
+            process = subprocess.Popen(
+                [self.ffmpeg, *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for us; stop() ends these
+            )
+        except FileNotFoundError:
+            raise ConfigError(
+                f"FFMPEG={self.ffmpeg}: no such program; leave FFMPEG unset to use the bundled one"
+            ) from None
         self.running.add(process)
         try:
             _, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            raise Unusable(f"took longer than {limit:.0f} s; python -m ingest --rehash tries it again") from None
+            raise Unlucky(f"took longer than {limit:.0f} s") from None
         finally:
             self.running.discard(process)
+        if process.returncode < 0:
+            raise Unlucky(f"ffmpeg was killed: {signal.Signals(-process.returncode).name} (out of memory?)")
         if process.returncode:
             raise complaint(errors.decode(errors="replace"))
 
@@ -72,8 +80,8 @@ def complaint(errors: str) -> Exception:
     return Unusable(f"damaged: {lines[0][:200]}" if lines else "ffmpeg failed without a word")
 
 
-def source_input(path: Path, facts: Facts, seek: float = 0.0) -> Any:
-    """The video stream of a source, decoded on one thread from the keyframe at `seek` seconds.
+def source_input(path: Path, facts: Facts, seek: float = 0.0, end: float | None = None) -> Any:
+    """The video stream of a source, decoded on one thread from the keyframe at `seek` seconds to `end`.
 
     The prefix file: and the white lists keep a file's name or content from being taken for an option, a protocol or a
     playlist of other files.
@@ -86,6 +94,10 @@ def source_input(path: Path, facts: Facts, seek: float = 0.0) -> Any:
     options |= {"threads": 1, "protocol_whitelist": "file", "format_whitelist": FORMATS}
     if seek > facts.start:
         options |= {"noaccurate_seek": None, "ss": f"{seek:.6f}"}
+    else:
+        seek = 0.0
+    if end is not None:
+        options["t"] = f"{end - seek:.6f}"
     return ffmpeg.input(f"file:{path.absolute()}", **options)[str(facts.stream)]
 
 

@@ -35,7 +35,7 @@ def find_scenes(job: SceneJob, runner: Runner) -> Outcome:
     try:
         learned = Learned(scenes=scene_times(job, runner))
     except Unusable as problem:
-        learned = Learned(failed={"scenes": str(problem)})
+        learned = Learned.without(["scenes"], problem)
     outcome = Outcome(sha256=job.source, learned=learned)
     write_json(runner.staging / f"scenes-{job.source}.json", outcome.model_dump(mode="json"))
     return outcome

@@ -15,7 +15,7 @@ from ingest.gates import GREY_SIDE, Measures, measure
 from ingest.ledger import Learned, Outcome
 from ingest.letterbox import bars_of, detector
 from ingest.plan import Box, Sample
-from ingest.probe import Facts, Unusable
+from ingest.probe import Facts, Unlucky, Unusable
 from ingest.runner import Runner, Stopped, compiled, source_input
 from shared.files import PART, sync, write_json
 
@@ -63,8 +63,11 @@ def attempt(job: Job, runner: Runner) -> Learned:
     except Unusable as problem:
         windows = list(dict.fromkeys(sample.window for sample in job.samples))
         learned = Learned(bars={job.look: None}) if job.look else Learned()
+        failure = Learned.without((sample.key for sample in job.samples), problem)
+        if isinstance(problem, Unlucky):
+            return failure
         if len(windows) == 1:
-            return learned.updated(Learned(failed={sample.key: str(problem) for sample in job.samples}))
+            return learned.updated(failure)
         for window in windows:
             samples = tuple(sample for sample in job.samples if sample.window == window)
             learned = learned.updated(attempt(replace(job, samples=samples, look=None), runner))
@@ -125,11 +128,17 @@ def arguments(job: Job) -> list[str]:
     """ffmpeg's arguments, without the program; output files are named by key in the current folder."""
     start = min(sample.window.start for sample in job.samples)
     keyframe = max((time for time in job.facts.keyframes if time <= start), default=0.0)
-    stream = source_input(job.path, job.facts, keyframe)
+    stream = source_input(job.path, job.facts, keyframe, reading_end(job))
     if job.facts.interlaced:
         stream = stream.filter("bwdif", mode="send_frame")
     outputs = [output for sample, branch in branches(stream, job) for output in encoded(sample, branch)]
     return compiled(outputs)
+
+
+def reading_end(job: Job) -> float:
+    """Seconds after which nothing has to be read: damage further on does no harm."""
+    windows = [sample.window for sample in job.samples]
+    return max(w.start + w.duration + 2 / float(w.rate) for w in windows) + job.facts.longest_frame
 
 
 def branches(stream: Any, job: Job) -> list[tuple[Sample, Any]]:

@@ -26,10 +26,11 @@ def moving_square(number: int, count: int = 16, height: int = 96, width: int = 9
     draw = np.random.default_rng(number)
     noise = draw.integers(40, 160, (height // 8, width // 8, 3), dtype=np.uint8)
     frames = np.repeat(np.repeat(noise, 8, 0), 8, 1)[None].repeat(count, 0)
-    color, top = draw.integers(100, 255, 3), int(draw.integers(0, height - 24))
+    side = min(height, width) // 4
+    color, top = draw.integers(100, 255, 3), int(draw.integers(0, height - side))
     for index in range(count):
-        left = (int(draw.integers(0, 4)) + 5 * index) % (width - 24)
-        frames[index, top : top + 24, left : left + 24] = color
+        left = (int(draw.integers(0, 4)) + 5 * index) % (width - side)
+        frames[index, top : top + side, left : left + side] = color
     return frames
 
 
