@@ -262,22 +262,15 @@ BUILT: dict[str, tuple[Any, ...]] = {
 }
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
-    "training_method": ("LORA",),
-    "prior.prediction": (False,),
-    "video_config.temporal_consistency_weight": (0.0,),
-    "video_config.frame_dropout_probability": (0.0,),
-    "first_frame_conditioning_probability": (0.0,),
+    "embedding.kind": ("OUTPUT",),
     "transformer.train": (True,),
     "text_encoder.train": (False,),
     "train_dtype": ("FLOAT_32", "BFLOAT_16"),
     "compile": (False,),
     "attention": ("AUTO", "SDPA"),
     "optimizer.name": ("ADAMW", "ADAFACTOR", "MUON"),
-    "optimizer.rounding": ("NEAREST",),
-    "peft_type": ("LORA",),
     "resume_from_adapter": (None,),
     "base_adapters": ((),),
-    "output_model_format": ("COMFY_LORA", "DIFFUSERS_LORA"),
 }
 
 

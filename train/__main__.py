@@ -4,11 +4,12 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import click
 
 from shared.cli import Group, config_options, path_or_none, work_option
+from shared.config import OutputFormat
 from shared.errors import RunError
 from shared.resolve import Choice
 
@@ -117,6 +118,22 @@ def plan(work: Path, store: str | None, card: float | None, choice: Choice) -> N
 
 
 @main.command()
+@work_option
+@click.option("--ffmpeg", default=None, help="Program to test in place of the bundled one.")
+@config_options
+def doctor(work: Path, ffmpeg: str | None, choice: Choice) -> None:
+    """Examine GPU, memory, disk, ffmpeg, versions and the model's files; each line is ok, or says how to mend it."""
+    from shared.resolve import resolve
+    from train.doctor import examine
+
+    resolved = resolve(choice, work / "config.json")
+    findings = examine(resolved.config, resolved.spec, work, ffmpeg or None)
+    click.echo("\n".join(map(str, findings)))
+    if any(finding.state == "error" for finding in findings):
+        raise click.exceptions.Exit(2)
+
+
+@main.command()
 @run_option(required=True)
 @click.option("--prompt", "prompts", multiple=True, help="What to show; repeatable. [default: sample_prompts]")
 @click.option("--negative", default=None, help="What to avoid. [default: sample_negative_prompt]")
@@ -137,14 +154,14 @@ def sample(run: Path, out: Path | None, base: bool, ema: bool, **wish: Any) -> N
 
 @main.command()
 @run_option(required=True)
-@click.option("--format", "form", required=True, help="COMFY_LORA, DIFFUSERS_LORA.")
+@click.option("--format", "form", required=True, help="COMFY_LORA, DIFFUSERS_LORA, KOHYA_LORA, DIFFUSERS, SAFETENSORS.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: the run folder]")
 def export(run: Path, form: str, out: Path | None) -> None:
     """Write a run's newest weights in another format."""
     from train.session import export_run
 
-    if form not in (known := ("COMFY_LORA", "DIFFUSERS_LORA")):
-        raise RunError(f"FORMAT={form} is not built yet; use {' or '.join(known)}")
+    if form not in (known := get_args(OutputFormat)):
+        raise RunError(f"FORMAT={form}: no such format; there are {', '.join(known)}")
     for path in export_run(run, form, out):  # type: ignore[arg-type]
         click.echo(f"wrote {path}")
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -27,12 +27,7 @@ def add_adapter(transformer: Any, config: Config, seed: int) -> dict[str, nn.Par
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if not any(re.fullmatch(config.lora_targets, name) for name in linears):
         raise ConfigError(f"lora_targets={config.lora_targets!r} matches no linear of the model, such as {linears[-1]}")
-    settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_targets,
-    )
+    settings = peft_settings(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, transformer, ADAPTER)
@@ -40,6 +35,16 @@ def add_adapter(transformer: Any, config: Config, seed: int) -> dict[str, nn.Par
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     return trained
+
+
+def peft_settings(config: Config) -> PeftConfig:
+    """peft's configuration of peft_type."""
+    plain: dict[str, Any] = {"r": config.lora_rank, "target_modules": config.lora_targets}
+    if config.peft_type in ("LOHA", "LOKR"):
+        kind = LoHaConfig if config.peft_type == "LOHA" else LoKrConfig
+        return kind(**plain, alpha=config.lora_alpha, module_dropout=config.lora_dropout)
+    dropout, dora = config.lora_dropout, config.peft_type == "DORA"
+    return LoraConfig(**plain, lora_alpha=config.lora_alpha, lora_dropout=dropout, use_dora=dora)
 
 
 def adapter_parameters(transformer: Any) -> dict[str, nn.Parameter]:

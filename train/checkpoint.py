@@ -8,14 +8,17 @@
 Randomness needs no state: it follows from (seed, step, slot).
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,9 +69,10 @@ def save(run: Path, state: State, tensors: Tensors, optimizer: dict[str, Any], k
     part.mkdir(parents=True)
     try:
         for stem, named in tensors.items():
-            plain = {name: value.detach().cpu().contiguous() for name, value in named.items()}
-            save_file(plain, part / f"{stem}.safetensors")
-        torch.save(optimizer, part / "optimizer.pt")
+            write_tensors(part / f"{stem}.safetensors", named)
+        buffer = BytesIO()  # writing straight to a full disk, torch ends the process
+        torch.save(optimizer, buffer)
+        (part / "optimizer.pt").write_bytes(buffer.getbuffer())
         link_finished(run, part)
         write_json(part / "state.json", state.model_dump(mode="json"))
         for path in part.iterdir():
@@ -82,6 +86,14 @@ def save(run: Path, state: State, tensors: Tensors, optimizer: dict[str, Any], k
     for step in steps_saved(run)[:-keep]:
         shutil.rmtree(checkpoint_folder(run) / str(step))
     return final
+
+
+def write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
+    """One safetensors file; what goes wrong is an OSError, as with any file."""
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in named.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
 
 def link_finished(run: Path, part: Path) -> None:

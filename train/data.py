@@ -8,7 +8,7 @@ anywhere, and processes or threads change nothing. Cost: about 0.2 ms of CPU per
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,11 +22,12 @@ from shared.config import Config
 from shared.keys import caption_key
 from shared.store import ListedSample
 from shared.store_read import StoreReader
+from train.condition import Frames
 from train.flow import SigmaLaw, sigma_at
 
 EMPTY_CAPTION = caption_key("")
 # domains of randomness: one number each, so that no two draws share a seed
-EPOCH, PRIOR, SLOT, STRATA, VALIDATION, PREVIEW, WEIGHTS, DROPOUT = range(8)
+EPOCH, PRIOR, SLOT, STRATA, VALIDATION, PREVIEW, WEIGHTS, DROPOUT, FRAMES = range(9)
 
 
 def random_of(seed: int, domain: int, *place: int) -> np.random.Generator:
@@ -51,11 +52,21 @@ class Slots:
     captions: list[str]  # caption keys
     weight_B: Tensor  # of each sample's loss in the sum over the global batch
     bucket: Bucket
+    frames: Frames
+    prior_B: Tensor  # bool
+    cond_BCthw: Tensor | None  # condition latents of i2v
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(latent, noise, sigma, weight) on a device."""
-        parts = (self.latent_BCthw, self.noise_BCthw, self.sigma_B, self.weight_B)
-        return tuple(part.to(device, non_blocking=True) for part in parts)  # type: ignore[return-value]
+    def on(self, device: torch.device) -> "Slots":
+        """The same on a device, without the frames that are left out."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        for name in ("latent_BCthw", "noise_BCthw", "cond_BCthw"):
+            if name in moved:
+                moved[name] = self.frames.pick(moved[name])
+        clean_B = self.frames.clean_B
+        frames = self.frames if clean_B is None else replace(self.frames, clean_B=clean_B.to(device))
+        return replace(self, frames=frames, **moved)  # type: ignore[arg-type]
 
 
 def epoch_batches(samples: list[ListedSample], config: Config, epoch: int, batch_size: int) -> list[list[Draw]]:
@@ -161,6 +172,7 @@ def load_step(reader: StoreReader, config: Config, law: SigmaLaw, step: int, dra
     while part := list(islice(places, size)):
         latents = [reader.latent(draws[slot].key) for slot in part]
         noises = [rngs[slot].standard_normal(latents[0].shape, np.float32) for slot in part]
+        clean = [bool(uniform_nk[slot, 3] < config.first_frame_conditioning_probability) for slot in part]
         parts.append(
             Slots(
                 latent_BCthw=torch.from_numpy(np.stack(latents)).float(),
@@ -169,9 +181,28 @@ def load_step(reader: StoreReader, config: Config, law: SigmaLaw, step: int, dra
                 captions=[pick_caption(draws[slot].sample, config, uniform_nk[slot]) for slot in part],
                 weight_B=torch.tensor([loss_weight(draws[slot].sample, config) / len(draws) for slot in part]),
                 bucket=draws[0].sample.bucket,
+                frames=pick_frames(config, step, part[0], latents[0].shape[1], clean),
+                prior_B=torch.tensor([draws[slot].sample.prior for slot in part]),
+                cond_BCthw=conditions(reader, [draws[slot].key for slot in part]),
             )
         )
     return parts
+
+
+def pick_frames(config: Config, step: int, first_slot: int, total: int, clean: list[bool]) -> Frames:
+    """Latent frames of a micro-batch: the first one, and each other with 1 - frame_dropout_probability."""
+    chance = config.video_config.frame_dropout_probability
+    kept = random_of(config.seed, FRAMES, step, first_slot).random(total) >= chance if chance else [True] * total
+    positions = tuple(place for place in range(total) if place == 0 or kept[place])
+    conditioned = any(clean) and len(positions) > 1  # an image has nothing to continue
+    return Frames(positions, total, torch.tensor(clean) if conditioned else None)
+
+
+def conditions(reader: StoreReader, keys: list[str]) -> Tensor | None:
+    """Stored condition latents of i2v, when the store has them."""
+    if not reader.cond:
+        return None
+    return torch.from_numpy(np.stack([reader.latent(key, "cond") for key in keys])).float()
 
 
 def pick_caption(sample: ListedSample, config: Config, uniform_k: NDArray[np.float64]) -> str:

@@ -2,6 +2,9 @@
 
     COMFY_LORA       diffusion_model.<original Wan name>.lora_A.weight / .lora_B.weight / .alpha
     DIFFUSERS_LORA   transformer.<diffusers name>.lora_A.weight / .lora_B.weight, alpha in the file's metadata
+    KOHYA_LORA       lora_unet_<original name with underscores>.lora_down.weight / .lora_up.weight / .alpha
+    SAFETENSORS      whole weights under original names, or a concept's rows as `embedding`
+    DIFFUSERS        a folder that WanTransformer3DModel.from_pretrained opens
 
 ComfyUI's loader and diffusers both apply the alpha keys of the first form; of the second, diffusers reads the rank and
 alpha from `lora_adapter_metadata` (huggingface/diffusers `loaders/lora_base.py`). Two experts give two files.
@@ -17,10 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shared.config import Config, OutputFormat
-from shared.files import atomic_write
+from shared.files import atomic_write, read_json, write_json
 from shared.models import ModelSpec
 from shared.resolve import to_json
 from shared.weights import model_folder, torch_dtype, weights_fingerprint
+from train.run import Run
 
 # diffusers -> original, in order (huggingface/diffusers scripts/convert_wan_to_diffusers.py, reversed)
 ORIGINAL_NAMES = (
@@ -38,11 +42,16 @@ ORIGINAL_NAMES = (
     ("to_out.0", "o"),
     ("ffn.net.0.proj", "ffn.0"),
     ("ffn.net.2", "ffn.2"),
+    ("norm2", "norm3"),  # the one with weights
+    ("scale_shift_table", "modulation"),
 )
+MAGNITUDE = ".lora_magnitude_vector.weight"  # peft's name for DoRA's column norms
 
 
 def original_name(name: str) -> str:
-    """Name in Wan's own code of a linear, given its diffusers name."""
+    """Name in Wan's own code of a module or tensor, given its diffusers name."""
+    if name == "scale_shift_table":
+        return "head.modulation"
     parts = f".{name}."
     for ours, theirs in ORIGINAL_NAMES:
         parts = parts.replace(f".{ours}.", f".{theirs}.")
@@ -50,15 +59,49 @@ def original_name(name: str) -> str:
 
 
 def comfy_lora(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Keys of COMFY_LORA; the scale is alpha / rank, so alpha is written beside each pair."""
-    named = {f"diffusion_model.{original_name(name)}": value for name, value in tensors.items()}
-    modules = {name.removesuffix(".lora_A.weight") for name in named if name.endswith(".lora_A.weight")}
-    return named | {f"{module}.alpha": torch.tensor(config.lora_alpha) for module in modules}
+    """Keys of COMFY_LORA for every kind of adapter; the update is scaled by alpha / rank, so alpha is written too.
+
+    LoHa and LoKr tensors have the names that LyCORIS gave them; DoRA's magnitudes are `dora_scale`, one column.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.endswith(MAGNITUDE):
+            named[f"diffusion_model.{original_name(name.removesuffix(MAGNITUDE))}.dora_scale"] = value[:, None]
+        else:
+            named[f"diffusion_model.{original_name(name)}"] = value
+    modules = {
+        name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in named if not name.endswith("dora_scale")
+    }
+    return named | {f"{module}.alpha": torch.tensor(float(config.lora_alpha)) for module in modules}
 
 
 def diffusers_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys of DIFFUSERS_LORA."""
     return {f"transformer.{name}": value for name, value in tensors.items()}
+
+
+def kohya_lora(tensors: Mapping[str, Tensor], config: Config, spec: ModelSpec) -> dict[str, Tensor]:
+    """Keys of KOHYA_LORA. Modules without an adapter get zeros: diffusers' converter wants all ten of a block."""
+    named = dict(tensors)
+    for block in range(spec.num_layers):
+        for module, (outputs, inputs) in block_linears(spec).items():
+            name = f"blocks.{block}.{module}"
+            named.setdefault(f"{name}.lora_A.weight", torch.zeros(config.lora_rank, inputs))
+            named.setdefault(f"{name}.lora_B.weight", torch.zeros(outputs, config.lora_rank))
+    result: dict[str, Tensor] = {}
+    for name, value in named.items():
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        flat = "lora_unet_" + original_name(module).replace(".", "_")
+        result[f"{flat}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
+        result[f"{flat}.alpha"] = torch.tensor(float(config.lora_alpha))
+    return result
+
+
+def block_linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the linears of a block, by diffusers name."""
+    square = (spec.dim, spec.dim)
+    linears = {f"{part}.{name}": square for part in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    return linears | {"ffn.net.0.proj": (spec.ffn_dim, spec.dim), "ffn.net.2": (spec.dim, spec.ffn_dim)}
 
 
 def peft_metadata(config: Config) -> str:
@@ -87,6 +130,9 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
         "store_fingerprint": data,
         "config": json.dumps(settings, sort_keys=True),
     }
+    if config.training_method == "EMBEDDING":
+        concept = config.embedding
+        facts |= {"placeholder": concept.placeholder, "initial_text": concept.initial_text, "kind": concept.kind}
     if config.training_method == "LORA":
         facts |= {
             "lora_adapter_metadata": peft_metadata(config),
@@ -109,9 +155,18 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
     }
 
 
-def formatted(tensors: Mapping[str, Tensor], config: Config, form: OutputFormat) -> dict[str, Tensor]:
+def formatted(tensors: Mapping[str, Tensor], config: Config, spec: ModelSpec, form: OutputFormat) -> dict[str, Tensor]:
     """Tensors under the names of a format, in output_dtype; alpha stays float32."""
-    named = comfy_lora(tensors, config) if form == "COMFY_LORA" else diffusers_lora(tensors)
+    if form == "COMFY_LORA":
+        named = comfy_lora(tensors, config)
+    elif form == "KOHYA_LORA":
+        named = kohya_lora(tensors, config, spec)
+    elif form == "DIFFUSERS_LORA":
+        named = diffusers_lora(tensors)
+    elif form == "SAFETENSORS" and config.training_method == "FINE_TUNE":
+        named = {original_name(name): value for name, value in tensors.items()}
+    else:
+        named = dict(tensors)
     dtype = torch_dtype(config.output_dtype)
     return {
         name: value.detach().cpu().to(torch.float32 if name.endswith(".alpha") else dtype).contiguous()
@@ -119,12 +174,28 @@ def formatted(tensors: Mapping[str, Tensor], config: Config, form: OutputFormat)
     }
 
 
+def write_result(
+    folder: Path,
+    stem: str,
+    what: tuple[Run, str, OutputFormat],
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+) -> Path:
+    """Write what was trained of (run, expert) in a format; returns the file, or the folder of DIFFUSERS."""
+    run, expert, form = what
+    plain = formatted(tensors, run.config, run.spec, form)
+    if form != "DIFFUSERS":
+        path = folder / (f"{stem}.safetensors" if expert == "single" else f"{stem}_{expert}.safetensors")
+        write_file(path, plain, metadata)
+        return path
+    part = dict(run.spec.expert_folders)[expert]
+    source = model_folder(run.spec, (part,)) / part / "config.json"
+    write_json(folder / stem / part / "config.json", read_json(source))
+    write_file(folder / stem / part / "diffusion_pytorch_model.safetensors", plain, metadata)
+    return folder / stem
+
+
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """One safetensors file, atomically."""
     with atomic_write(path) as file:
         file.write(save(dict(tensors), metadata))
-
-
-def result_path(folder: Path, name: str, expert: str) -> Path:
-    """<name>.safetensors, or <name>_high_noise / _low_noise of a two-expert model."""
-    return folder / (f"{name}.safetensors" if expert == "single" else f"{name}_{expert}.safetensors")

@@ -88,6 +88,27 @@ def pointwise(error: Tensor, kind: Literal["MSE", "HUBER"]) -> Tensor:
     return error.square()
 
 
-def flow_loss(error_BCthw: Tensor, kind: Literal["MSE", "HUBER"] = "MSE") -> Tensor:
-    """Loss per sample (B,) of prediction - target, float32: the mean over all cells."""
-    return pointwise(error_BCthw.float(), kind).flatten(1).mean(1)
+def flow_loss(error_BCthw: Tensor, kind: Literal["MSE", "HUBER"] = "MSE", counted_Bt: Tensor | None = None) -> Tensor:
+    """Loss per sample (B,) of prediction - target, float32: the mean over the cells of the frames that count."""
+    loss_Bt = pointwise(error_BCthw.float(), kind).mean((1, 3, 4))
+    return loss_Bt.mean(1) if counted_Bt is None else masked_mean(loss_Bt, counted_Bt)
+
+
+def difference_loss(error_BCthw: Tensor, first_frames: list[int], counted_Bt: Tensor) -> Tensor:
+    """Mean over neighbouring frames i, i + 1 (i in `first_frames`) of (error[i + 1] - error[i])^2 / 2, per sample.
+
+    As the target's difference is linear, this is the squared error of the predicted change from frame to frame. It is 0
+    where no pair counts.
+    """
+    if not first_frames:
+        return error_BCthw.new_zeros(len(error_BCthw))
+    index = torch.tensor(first_frames, device=error_BCthw.device)
+    error = error_BCthw.float()
+    change = error.index_select(2, index + 1) - error.index_select(2, index)
+    pairs_Bt = counted_Bt[:, index] * counted_Bt[:, index + 1]
+    return masked_mean(change.square().mean((1, 3, 4)) / 2, pairs_Bt)
+
+
+def masked_mean(values_Bt: Tensor, counted_Bt: Tensor) -> Tensor:
+    """Mean over the frames that count, 0 where none does."""
+    return (values_Bt * counted_Bt).sum(1) / counted_Bt.sum(1).clamp(min=1)

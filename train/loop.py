@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shared.config import Config
 from train.data import DROPOUT, Slots, prefetch, random_of
-from train.flow import TIMESTEPS, flow_loss, interpolate, velocity
-from train.model import Model, TextBank, predict
+from train.model import Model, TextBank
+from train.objective import micro_loss
 from train.optim import clip, set_rate
 from train.phases import Phase
 from train.task import Task
@@ -19,9 +19,10 @@ from train.task import Task
 
 def train(task: Task) -> None:
     """Train what is left of a run, from its newest checkpoint to its results."""
-    for phase in task.phases:
-        if task.done < phase.stop:
-            train_phase(task, phase)
+    with task.stoppable():
+        for phase in task.phases:
+            if task.done < phase.stop:
+                train_phase(task, phase)
     task.finish()
 
 
@@ -63,11 +64,3 @@ def accumulate(model: Model, bank: TextBank, batch: list[Slots], config: Config,
         torch.autograd.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).sum()
-
-
-def micro_loss(model: Model, bank: TextBank, slots: Slots, config: Config) -> Tensor:
-    """This micro-batch's part of the batch's mean loss."""
-    latent, noise, sigma_B, weight_B = slots.on(model.device)
-    noisy, text = interpolate(latent, noise, sigma_B), bank.batch(slots.captions)
-    predicted = predict(model, noisy, sigma_B[:, None] * TIMESTEPS, text)
-    return (flow_loss(predicted - velocity(latent, noise), config.loss) * weight_B).sum()

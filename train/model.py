@@ -92,7 +92,9 @@ def predict(
 class TextBank:
     """Projected captions by key; each is projected once, unless the projection or the caption is in training."""
 
-    def __init__(self, model: Model, reader: StoreReader, concept: Concept | None = None, trained: bool = False) -> None:
+    def __init__(
+        self, model: Model, reader: StoreReader, concept: Concept | None = None, trained: bool = False
+    ) -> None:
         self.model, self.reader, self.concept, self.trained = model, reader, concept, trained
         self.known: dict[str, Tensor] = {}
 
@@ -141,9 +143,13 @@ def refuse_method_mismatch(config: Config) -> None:
     form = f"output_model_format={config.output_model_format}"
     if method == "FINE_TUNE":
         if storage not in (compute, "FLOAT_32"):
-            raise ConfigError(f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}")
+            raise ConfigError(
+                f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}"
+            )
         if config.prior.prediction:
-            raise ConfigError("prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off")
+            raise ConfigError(
+                "prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off"
+            )
         if config.output_model_format.endswith("_LORA"):
             raise ConfigError(f"{form}: FINE_TUNE gives whole weights; use SAFETENSORS or DIFFUSERS")
     if method == "LORA" and not config.output_model_format.endswith("_LORA"):
@@ -151,4 +157,6 @@ def refuse_method_mismatch(config: Config) -> None:
     if config.peft_type != "LORA" and config.output_model_format != "COMFY_LORA":
         raise ConfigError(f"{form} cannot hold peft_type={config.peft_type}; use COMFY_LORA")
     if config.optimizer.rounding != "NEAREST" and storage != "BFLOAT_16":
-        raise ConfigError(f"optimizer.rounding={config.optimizer.rounding} is for trained weights in BFLOAT_16; use NEAREST")
+        raise ConfigError(
+            f"optimizer.rounding={config.optimizer.rounding} is for trained weights in BFLOAT_16; use NEAREST"
+        )

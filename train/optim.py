@@ -8,27 +8,39 @@ from torch import Tensor, nn
 
 from shared.config import Config
 from shared.errors import ConfigError
+from train.rounding import Rounded
 
 Parameters = dict[str, nn.Parameter]
+EMBEDDING = "embedding"  # name of a concept's learned rows among the trained parameters
+Optimizer = torch.optim.Optimizer | Rounded
 
 
-def make_optimizer(config: Config, trained: Parameters) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, trained: Parameters) -> Optimizer:
     """The configured optimizer over the trained parameters; its rate is set before every update."""
+    if config.optimizer.name == "MUON" and (odd := [name for name, part in trained.items() if part.ndim != 2]):
+        raise ConfigError(f"optimizer.name=MUON trains matrices only, {odd[0]} is none; use ADAMW")
+    kind = EMBEDDING if EMBEDDING in trained else "transformer"
+    if config.optimizer.rounding == "NEAREST":
+        return plain_optimizer(config, list(trained.values()), kind)
+    kahan = config.optimizer.rounding == "KAHAN"
+    return Rounded(lambda parts: plain_optimizer(config, parts, kind), trained.values(), kahan, config.seed)
+
+
+def plain_optimizer(config: Config, parts: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
+    """The optimizer as torch has it; `kind` says whose rate the parameters have."""
     settings = config.optimizer
-    groups = [{"params": list(trained.values()), "part": "transformer"}]
+    groups = [{"params": parts, "part": kind}]
     rate, decay, betas = config.learning_rate, settings.weight_decay, (settings.beta1, settings.beta2)
     if settings.name == "ADAFACTOR":
         return torch.optim.Adafactor(groups, lr=rate, weight_decay=decay)
     if settings.name == "MUON":
-        if odd := [name for name, part in trained.items() if part.ndim != 2]:
-            raise ConfigError(f"optimizer.name=MUON trains matrices only, {odd[0]} is none; use ADAMW")
         return torch.optim.Muon(groups, lr=rate, weight_decay=decay, momentum=settings.beta1, eps=settings.eps)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.eps, weight_decay=decay, fused=True)
 
 
 def peak_rate(config: Config, part: str) -> float:
     """The part's own rate, else the global one."""
-    own = {"transformer": config.transformer.learning_rate}
+    own = {"transformer": config.transformer.learning_rate, EMBEDDING: config.embedding_learning_rate}
     return own[part] or config.learning_rate
 
 
@@ -42,7 +54,7 @@ def rate_factor(config: Config, step: int, steps: int) -> float:
     return 1 - passed if config.lr_scheduler == "LINEAR" else 1.0
 
 
-def set_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, steps: int) -> float:
+def set_rate(optimizer: Optimizer, config: Config, step: int, steps: int) -> float:
     """Set every group's rate for this update; returns the first."""
     factor = rate_factor(config, step, steps)
     for group in optimizer.param_groups:
@@ -65,8 +77,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the current weights."""
-        current = [part.detach() for part in self.trained.values()]
-        torch._foreach_lerp_(list(self.mean.values()), current, 1 - self.decay)
+        for name, mean in self.mean.items():
+            mean.lerp_(self.trained[name].detach(), 1 - self.decay)
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor]) -> None:

@@ -1,15 +1,26 @@
 """Previews of a run: sample with the DiT at hand, decode in child processes, hand latents from expert to expert."""
 
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from train.log import RunLog
-from train.model import Model, TextBank, load_model, pick_device
+from train.model import TextBank, load_model, pick_device
 from train.phases import Phase
 from train.run import Run
-from train.sample import ensure_prompts, first_noise, read_latents, sample_range, scene_of, start_decode, write_latents
+from train.sample import (
+    Start,
+    ensure_texts,
+    first_noise,
+    read_latents,
+    sample_range,
+    scene_conditions,
+    scene_of,
+    start_decode,
+    write_latents,
+)
 
 DECODE_SECONDS = 1800.0  # how long the end of a run waits for a decoder
 
@@ -20,9 +31,12 @@ class Previews:
     def __init__(self, run: Run, log: RunLog) -> None:
         self.run, self.log = run, log
         self.scene = scene_of(run.config, run.spec)
-        self.children: list[tuple[Path, subprocess.Popen[bytes]]] = []
+        self.waiting: list[Path] = []  # to be decoded
+        self.decoding = Path()
+        self.child: subprocess.Popen[bytes] | None = None
         if self.scene.prompts:
-            self.reader = ensure_prompts(self.scene, run)
+            self.reader = ensure_texts(self.scene.texts, run)
+            self.cond = scene_conditions(self.scene, run)
 
     @property
     def folder(self) -> Path:
@@ -36,11 +50,11 @@ class Previews:
             self.log.say("previews: the base high-noise expert samples down to the boundary")
             model = load_model(self.run.spec, "high_noise", self.run.config, pick_device())
             bank = TextBank(model, self.reader)
-            noise = first_noise(self.scene, self.run.spec)
-            state, _ = sample_range(model, bank, self.run.spec, self.scene, "high_noise", noise)
+            start = Start(first_noise(self.scene, self.run.spec), self.cond)
+            state, _ = sample_range(bank, self.run.spec, self.scene, "high_noise", start)
             self._write(handed, state)
 
-    def take(self, model: Model, phase: Phase, step: int) -> None:
+    def take(self, bank: TextBank, phase: Phase, step: int) -> None:
         """Sample every prompt and start the decoder: 'before' and 'after' the phase, 'step000100' on the way."""
         if not self.scene.prompts:
             return
@@ -48,28 +62,44 @@ class Previews:
         name = {phase.first: "before", phase.stop: "after"}.get(step, f"step{step:06d}")
         low = phase.expert == "low_noise"
         start = read_latents(handed) if low else first_noise(self.scene, self.run.spec)
-        bank = TextBank(model, self.reader)
-        state, clean = sample_range(model, bank, self.run.spec, self.scene, phase.expert, start)
+        bank = TextBank(bank.model, self.reader, bank.concept, bank.trained)
+        state, clean = sample_range(bank, self.run.spec, self.scene, phase.expert, Start(start, self.cond))
         if phase.expert == "high_noise":
             self._write(handed, state)
         path = self.folder / f"{name}{'' if phase.expert == 'single' else '_' + phase.expert}.safetensors"
         self._write(path, clean if phase.expert == "high_noise" else state)
-        self.children.append((path, start_decode(path, self.run)))
+        self.waiting.append(path)
+        self.decode_next()
         self.log.row({"event": "preview", "step": step, "expert": phase.expert, "file": f"samples/{path.name}"})
 
     def _write(self, path: Path, latents: Tensor) -> None:
         write_latents(path, latents, self.scene.prompts, self.run.spec, self.run.config)
 
+    def decode_next(self) -> None:
+        """Start the next decoder when none is at work: one at a time, so that training keeps its memory."""
+        if self.child is not None and self.child.poll() is None:
+            return
+        self._collect()
+        if self.waiting:
+            self.decoding = self.waiting.pop(0)
+            self.child = start_decode(self.decoding, self.run)
+
     def finish(self) -> None:
-        """Wait for the decoders and say which failed; the latents stay."""
-        for path, child in self.children:
-            if child.poll() is None:
-                self.log.say(f"waiting for the decoder of {path.name}")
-            try:
-                failed = child.wait(DECODE_SECONDS) != 0
-            except subprocess.TimeoutExpired:
-                child.kill()
-                failed = True
-            if failed:
-                self.log.say(f"{path} could not be decoded, see {path.with_suffix('.log')}; the latents are kept")
-        self.children.clear()
+        """Wait for the decoders; the latents of those that fail stay."""
+        while self.waiting or self.child is not None:
+            if self.child is not None:
+                self.log.say(f"waiting for the decoder of {self.decoding.name}")
+                with suppress(subprocess.TimeoutExpired):
+                    self.child.wait(DECODE_SECONDS)
+            self._collect()
+            self.decode_next()
+
+    def _collect(self) -> None:
+        if self.child is None:
+            return
+        if self.child.poll() is None:
+            self.child.kill()
+        if self.child.wait() != 0:
+            path = self.decoding
+            self.log.say(f"{path} could not be decoded, see {path.with_suffix('.log')}; the latents are kept")
+        self.child = None

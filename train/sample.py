@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,7 @@ from shared.models import ModelSpec
 from shared.store_read import StoreReader
 from train.data import PREVIEW, random_of
 from train.flow import TIMESTEPS, expert_range, shifted
-from train.model import Model, TextBank, predict
+from train.model import TextBank, predict
 from train.run import Run
 from train.stores import open_texts
 
@@ -48,6 +49,13 @@ class Scene:
     def texts(self) -> list[str]:
         """Every text that needs an embedding."""
         return [*self.prompts, self.negative]
+
+
+class Start(NamedTuple):
+    """Where sampling starts, one row per prompt."""
+
+    latent_BCthw: Tensor
+    cond_BCthw: Tensor | None  # condition latents of i2v
 
 
 def scene_of(config: Config, spec: ModelSpec, bucket: Bucket | None = None) -> Scene:
@@ -76,22 +84,35 @@ def first_noise(scene: Scene, spec: ModelSpec) -> Tensor:
     )
 
 
+def scene_conditions(scene: Scene, run: Run) -> Tensor | None:
+    """Condition latents of i2v for each prompt: the first frames of the store's clips of this size, in turn."""
+    if run.spec.image_condition != "concat":
+        return None
+    shape = run.spec.latent_shape(scene.bucket.num_frames, scene.bucket.height, scene.bucket.width)
+    reader = StoreReader(run.stores)
+    keys = sorted(key for key, (_, marker) in reader.cond.items() if tuple(marker.shape[1:]) == shape)
+    if not keys:
+        raise RunError(f"{run.spec.name} starts from a picture, and no clip in the store has size {scene.bucket}")
+    rows = [reader.latent(keys[number % len(keys)], "cond") for number in range(len(scene.prompts))]
+    return torch.stack([torch.from_numpy(row.copy()).float() for row in rows])
+
+
 @torch.no_grad()
-def sample_range(
-    model: Model, bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, start_BCthw: Tensor
-) -> tuple[Tensor, Tensor]:
+def sample_range(bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, start: Start) -> tuple[Tensor, Tensor]:
     """Take the steps of one expert from `start`; returns the latents there and the clean latents predicted last."""
+    model = bank.model
     low, high = expert_range(expert, spec.boundary)
     grid = sigma_grid(scene.steps, spec.sample_shift)
     guidance = scene.guidance[0] if expert == "high_noise" else scene.guidance[1]
     training = model.transformer.training
     model.transformer.eval()
     results = []
-    for prompt, latent in zip(scene.prompts, torch.split(start_BCthw, 1), strict=True):
-        state = clean = latent.to(model.device)
+    for number, prompt in enumerate(scene.prompts):
+        state = clean = start.latent_BCthw[number : number + 1].to(model.device)
+        cond = None if start.cond_BCthw is None else start.cond_BCthw[number : number + 1].to(model.device)
         for sigma, following in pairwise(grid):
             if low <= sigma < high or (sigma == high == 1.0):
-                velocity = guided(model, bank, state, sigma, (prompt, scene.negative, guidance))
+                velocity = guided(bank, (state, cond), sigma, (prompt, scene.negative, guidance))
                 clean = state - sigma * velocity
                 state = state + (following - sigma) * velocity
         results.append((state.cpu(), clean.cpu()))
@@ -99,12 +120,14 @@ def sample_range(
     return torch.cat([state for state, _ in results]), torch.cat([clean for _, clean in results])
 
 
-def guided(model: Model, bank: TextBank, state: Tensor, sigma: float, wish: tuple[str, str, float]) -> Tensor:
+def guided(bank: TextBank, inputs: tuple[Tensor, Tensor | None], sigma: float, wish: tuple[str, str, float]) -> Tensor:
     """Velocity pushed from the negative prompt's towards the prompt's; one forward when guidance is 1."""
     prompt, negative, guidance = wish
-    keys = [caption_key(prompt)] if guidance == 1 else [caption_key(prompt), caption_key(negative)]
-    timestep = torch.full((len(keys), 1), sigma * TIMESTEPS, device=model.device)
-    velocities = predict(model, state.expand(len(keys), -1, -1, -1, -1), timestep, bank.batch(keys))
+    model, texts = bank.model, [prompt] if guidance == 1 else [prompt, negative]
+    timestep = torch.full((len(texts), 1), sigma * TIMESTEPS, device=model.device)
+    state, cond = (None if part is None else part.expand(len(texts), -1, -1, -1, -1) for part in inputs)
+    assert state is not None
+    velocities = predict(model, state, timestep, bank.batch(map(caption_key, texts)), None, cond)
     if guidance == 1:
         return velocities
     wanted, unwanted = torch.split(velocities, 1)
@@ -141,11 +164,11 @@ def encode_command(run: Run, name: str) -> list[str]:
     return [sys.executable, "-m", "encode", name, "--work", str(run.work), "--config", config]
 
 
-def ensure_prompts(scene: Scene, run: Run) -> StoreReader:
-    """A reader that has every text of the scene; missing ones are encoded by a child process into the first store."""
+def ensure_texts(texts: Sequence[str], run: Run) -> StoreReader:
+    """A reader that has every text; missing ones are encoded by a child process into the first store."""
     stores = list(run.stores)
     reader = open_texts(stores, run.spec)
-    missing = [text for text in dict.fromkeys(scene.texts) if caption_key(text) not in reader.texts]
+    missing = [text for text in dict.fromkeys(texts) if caption_key(text) not in reader.texts]
     if not missing:
         return reader
     command = [*encode_command(run, "prompts"), "--store", str(stores[0])]

@@ -7,20 +7,31 @@ from typing import Any, Literal
 import torch
 
 from shared.bucket import Bucket, round_frames, round_to_grid
-from shared.config import OutputFormat
+from shared.config import Config, OutputFormat
 from shared.errors import RunError
 from shared.resolve import Resolved
 from train import checkpoint, export
-from train.adapter import add_adapter, copy_into
+from train.adapter import copy_into
 from train.data import Plan
 from train.explain import derived, plan_lines
 from train.log import RunLog
 from train.loop import train
 from train.memory import plan_for_device, refuse_if_too_large
-from train.model import TextBank, load_model, pick_device, refuse_mismatch
+from train.method import make_trained
+from train.model import TextBank, load_model, pick_device, refuse_method_mismatch, refuse_mismatch
 from train.phases import make_phases
 from train.run import Run, open_run, start_folder
-from train.sample import Scene, ensure_prompts, first_noise, sample_range, scene_of, start_decode, write_latents
+from train.sample import (
+    Scene,
+    Start,
+    ensure_texts,
+    first_noise,
+    sample_range,
+    scene_conditions,
+    scene_of,
+    start_decode,
+    write_latents,
+)
 from train.stores import Dataset, open_dataset
 from train.task import Task, restore
 
@@ -66,12 +77,12 @@ def sample_run(folder: Path, wish: dict[str, Any], weights: Weights, out: Path |
     """Sample prompts with every expert in turn and decode; returns the folder of the videos."""
     run = open_run(folder)
     scene = wished_scene(run, wish)
-    reader = ensure_prompts(scene, run)
-    state = first_noise(scene, run.spec)
+    reader = ensure_texts(scene.texts, run)
+    state, cond = first_noise(scene, run.spec), scene_conditions(scene, run)
     for expert in run.spec.experts:
         model = load_model(run.spec, expert, run.config, pick_device())
-        load_weights(run, model.transformer, expert, weights)
-        state, _ = sample_range(model, TextBank(model, reader), run.spec, scene, expert, state)
+        bank = trained_bank(run, expert, weights, TextBank(model, reader), scene.texts)
+        state, _ = sample_range(bank, run.spec, scene, expert, Start(state, cond))
     target = out or run.folder / "samples"
     number = 1
     while (path := target / f"{weights if weights == 'base' else 'sample'}-{number}.safetensors").exists():
@@ -82,16 +93,18 @@ def sample_run(folder: Path, wish: dict[str, Any], weights: Weights, out: Path |
     return path.with_suffix("")
 
 
-def load_weights(run: Run, transformer: Any, expert: str, weights: Weights) -> None:
-    """Put a run's trained tensors into a loaded expert; an expert that was not trained stays as it is."""
+def trained_bank(run: Run, expert: str, weights: Weights, plain: TextBank, texts: list[str]) -> TextBank:
+    """Put a run's trained tensors into a loaded expert; one that was not trained stays as it is."""
     if weights == "base":
-        return
-    saved = latest_of(run)
+        return plain
+    saved, stem = latest_of(run), f"{weights}_{expert}"
     if weights == "average" and run.config.ema is None:
         raise RunError(f"{run.folder} has no averaged weights; it was trained without ema")
-    if (saved / f"{weights}_{expert}.safetensors").is_file():
-        tensors = checkpoint.read_tensors(saved, f"{weights}_{expert}")
-        copy_into(add_adapter(transformer, run.config, 0), tensors, str(saved))
+    if not (saved / f"{stem}.safetensors").is_file():
+        return plain
+    bank, trained = make_trained(plain.model, run, 0, plain.reader, texts)
+    copy_into(trained, checkpoint.read_tensors(saved, stem), str(saved))
+    return bank
 
 
 def wished_scene(run: Run, wish: dict[str, Any]) -> Scene:
@@ -120,9 +133,15 @@ def parse_size(text: str, grid: int) -> Bucket:
     return Bucket(round_frames(frames), round_to_grid(height, grid), round_to_grid(width, grid))
 
 
+def with_format(config: Config, form: OutputFormat) -> Config:
+    """The config as if this format had been asked for at the start."""
+    return config.model_copy(update={"output_model_format": form})
+
+
 def export_run(folder: Path, form: OutputFormat, out: Path | None) -> list[Path]:
     """Write the newest weights of every expert in a format; returns the files."""
     run = open_run(folder)
+    refuse_method_mismatch(with_format(run.config, form))
     saved = latest_of(run)
     state = checkpoint.read_state(saved)
     phases = {phase.expert: phase for phase in make_phases(run.config, run.spec, max(state.step, 2))}
@@ -133,7 +152,5 @@ def export_run(folder: Path, form: OutputFormat, out: Path | None) -> list[Path]
                 tensors = checkpoint.read_tensors(saved, f"{weights}_{expert}")
                 metadata = export.describe(run.config, run.spec, expert, phases[expert].steps, state.data)
                 stem = f"{run.name}-{form.lower()}{'_ema' if weights == 'average' else ''}"
-                path = export.result_path(out or run.folder, stem, expert)
-                export.write_file(path, export.formatted(tensors, run.config, form), metadata)
-                paths.append(path)
+                paths.append(export.write_result(out or run.folder, stem, (run, expert, form), tensors, metadata))
     return paths

@@ -45,7 +45,7 @@ def open_dataset(stores: list[Path], work: Path, config: Config, spec: ModelSpec
     units = fitting_units([marker for store in stores for marker in fresh_units(store)], spec, stores)
     reader = StoreReader(stores, {marker.id for marker in units})
     allowed, remarks = allowed_samples(samples, config, spec)
-    check_rows(allowed, reader)
+    check_rows(allowed, reader, spec)
     used = {marker.id for table in (reader.latents, reader.texts) for _, marker in table.values()}
     name = fingerprint(datasets=[dataset.model_dump(mode="json") for dataset in lists], units=sorted(used))
     train = [sample for sample in allowed if sample.split == "train"]
@@ -64,7 +64,8 @@ def open_texts(stores: list[Path], spec: ModelSpec) -> StoreReader:
 
 def fitting_units(markers: list[Marker], spec: ModelSpec, stores: list[Path]) -> list[Marker]:
     """Units of this model's VAE kind and text width; refuses stores that have none, or mix two recipes of one kind."""
-    latents = [marker for marker in markers if marker.kind != "text" and marker.vae_kind == spec.vae.fingerprint]
+    kinds = ("latents", "cond") if spec.image_condition == "concat" else ("latents",)
+    latents = [marker for marker in markers if marker.kind in kinds and marker.vae_kind == spec.vae.fingerprint]
     texts = [marker for marker in markers if marker.kind == "text" and marker.text_dim == spec.text_dim]
     where, mend = ", ".join(map(str, stores)), f"encode again with: make encode MODEL={spec.name}"
     if not any(marker.kind == "latents" for marker in latents):
@@ -119,9 +120,10 @@ def allowed_samples(
     return allowed, (f"{left_out} samples of buckets {', '.join(others)} are left out",) if left_out else ()
 
 
-def check_rows(samples: list[ListedSample], reader: StoreReader) -> None:
-    """Every listed variant and caption, and the empty caption, has a row."""
-    missing = [key for sample in samples for key in sample.keys if key not in reader.latents]
+def check_rows(samples: list[ListedSample], reader: StoreReader, spec: ModelSpec) -> None:
+    """Every listed variant and caption, and the empty caption, has a row; so has every condition of i2v."""
+    tables = (reader.latents, reader.cond) if spec.image_condition == "concat" else (reader.latents,)
+    missing = [key for sample in samples for key in sample.keys if any(key not in table for table in tables)]
     if missing:
         raise StoreError(f"{len(missing)} listed samples are not in the store (first: {missing[0]}); run: make encode")
     captions = {key for sample in samples for key in sample.captions} | {EMPTY_CAPTION}

@@ -3,22 +3,23 @@
 import math
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import torch
 from torch import Tensor, nn
 
-from shared.cli import DISK_TROUBLE
 from shared.errors import RunError
 from train import checkpoint, export
-from train.adapter import add_adapter, copy_into
+from train.adapter import copy_into
 from train.checkpoint import State
 from train.data import WEIGHTS, Plan, random_of
 from train.log import RunLog, cut_events
+from train.method import make_trained
 from train.model import Model, TextBank, load_model, pick_device
-from train.optim import Average, make_optimizer
+from train.optim import Average, Optimizer, make_optimizer
 from train.phases import Due, Phase, make_phases
 from train.preview import Previews
 from train.run import Run
@@ -36,7 +37,7 @@ class Learner:
     model: Model
     bank: TextBank
     trained: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     average: Average | None
 
     def update_average(self) -> None:
@@ -76,8 +77,16 @@ class Task:
         self.sample = Due(config.sample_after, config.sample_after_unit, self.plan)
         self.save = Due(config.save_after, config.save_after_unit, self.plan)
         self.check = Due(config.validate_after, "STEP", self.plan)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM stop after the current step, with a checkpoint."""
+        before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def ask_to_stop(self, number: int, _: FrameType | None) -> None:
         """First signal: stop after this step, with a checkpoint. The second one ends the process at once."""
@@ -91,9 +100,9 @@ class Task:
         self.previews.start(phase)
         model = load_model(self.run.spec, phase.expert, config, pick_device())
         seed = int(random_of(config.seed, WEIGHTS, phase.first).integers(2**62))
-        trained = add_adapter(model.transformer, config, seed)
-        model.transformer.train(config.lora_dropout > 0)
-        bank, average = TextBank(model, self.data.reader), Average(trained, config.ema) if config.ema else None
+        texts = [*self.data.texts.values(), *config.sample_prompts]
+        bank, trained = make_trained(model, self.run, seed, self.data.reader, texts)
+        average = Average(trained, config.ema) if config.ema else None
         learner = Learner(model, bank, trained, make_optimizer(config, trained), average)
         if self.done > phase.first and (saved := checkpoint.latest(self.run.folder)) is not None:
             copy_into(trained, checkpoint.read_tensors(saved, f"weights_{phase.expert}"), str(saved))
@@ -105,12 +114,12 @@ class Task:
     def look(self, learner: Learner, phase: Phase, step: int) -> None:
         """Validation and preview."""
         self.validate(learner, phase, step)
-        self.previews.take(learner.model, phase, step)
+        self.previews.take(learner.bank, phase, step)
 
     def validate(self, learner: Learner, phase: Phase, step: int) -> None:
         """Measure held-out samples, when there are any."""
         if self.data.validation:
-            losses = validate(learner.model, learner.bank, self.data.validation, phase.law, self.run.config)
+            losses = validate(learner.bank, self.data, phase.law, self.run.config)
             self.log.row({"event": "validation", "step": step, "expert": phase.expert, **losses})
             self.log.say(f"step {step} {phase.expert} validation loss {losses['loss']:.4f}")
 
@@ -135,7 +144,7 @@ class Task:
         if end or self.check.after(self.done):
             self.validate(learner, phase, self.done)
         if end or self.sample.after(self.done):
-            self.previews.take(learner.model, phase, self.done)
+            self.previews.take(learner.bank, phase, self.done)
         if end or self.save.after(self.done):
             self.export(learner, phase, end)
         if end or self.stopping or self.backup.after(self.done):
@@ -157,10 +166,10 @@ class Task:
         try:
             checkpoint.save(self.run.folder, state, tensors, optimizer, self.run.config.backup_keep)
         except OSError as error:
-            if must or error.errno not in DISK_TROUBLE:
+            if must:
                 raise
             saved = checkpoint.latest(self.run.folder)
-            why = error.strerror
+            why = error.strerror or error
             self.log.say(f"checkpoint of step {self.done} failed ({why}); the last good one is {saved or 'none'}")
 
     def export(self, learner: Learner, phase: Phase, end: bool) -> None:
@@ -172,8 +181,9 @@ class Task:
         if learner.average is not None:
             results[f"{name}_ema"] = learner.average.mean
         for stem, tensors in results.items():
-            path = export.result_path(run.folder, stem, phase.expert)
-            export.write_file(path, export.formatted(tensors, config, config.output_model_format), metadata)
+            path = export.write_result(
+                run.folder, stem, (run, phase.expert, config.output_model_format), tensors, metadata
+            )
             if end and config.output_model_destination is not None:
                 copy_result(path, Path(config.output_model_destination))
             self.log.say(f"wrote {path}")
@@ -185,9 +195,12 @@ class Task:
 
 
 def copy_result(path: Path, destination: Path) -> None:
-    """Copy a result into a folder."""
+    """Copy a result, a file or a folder, into a folder."""
     destination.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, destination / path.name)
+    if path.is_dir():
+        shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(path, destination / path.name)
 
 
 def restore(run: Run, data: Dataset) -> tuple[int, int, list[str]]:

@@ -6,14 +6,16 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shared.bucket import Bucket
 from shared.config import Config
 from shared.store import ListedSample
-from train.data import VALIDATION, micro_batch_size, random_of
+from train.data import VALIDATION, conditions, micro_batch_size, random_of
 from train.flow import TIMESTEPS, SigmaLaw, flow_loss, interpolate, sigma_at, velocity
 from train.lean import Text
 from train.model import Model, TextBank, predict
+from train.stores import Dataset
 
 
 def quantiles(law: SigmaLaw, count: int) -> list[float]:
@@ -31,15 +33,14 @@ def batches(samples: list[ListedSample], config: Config) -> Iterator[tuple[Bucke
 
 
 @torch.no_grad()
-def validate(
-    model: Model, bank: TextBank, samples: list[ListedSample], law: SigmaLaw, config: Config
-) -> dict[str, float]:
+def validate(bank: TextBank, data: Dataset, law: SigmaLaw, config: Config) -> dict[str, float]:
     """Mean loss: overall ('loss'), per timestep ('t0875') and per bucket ('bucket 64x64x9')."""
-    sums: dict[str, list[float]] = defaultdict(list)
+    model, sums = bank.model, defaultdict[str, list[float]](list)
     training = model.transformer.training
     model.transformer.eval()
-    for bucket, batch in batches(samples, config):
-        latent = torch.from_numpy(np.stack([bank.reader.latent(sample.keys[0]) for _, sample in batch])).float()
+    for bucket, batch in batches(data.validation, config):
+        latent = torch.from_numpy(np.stack([data.reader.latent(sample.keys[0]) for _, sample in batch])).float()
+        cond = conditions(data.reader, [sample.keys[0] for _, sample in batch])
         text = bank.batch(sample.captions[0] for _, sample in batch)
         for place, sigma in enumerate(quantiles(law, config.validation.timesteps)):
             shape = latent.shape[1:]
@@ -49,17 +50,18 @@ def validate(
                     for number, _ in batch
                 ]
             )
-            losses = loss_at(model, text, latent, torch.from_numpy(noise), sigma)
+            losses = loss_at(model, text, (latent, torch.from_numpy(noise), cond), sigma)
             for name in ("loss", f"t{round(sigma * TIMESTEPS):04d}", f"bucket {bucket}"):
                 sums[name] += losses
     model.transformer.train(training)
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
-def loss_at(model: Model, text: Text, latent: torch.Tensor, noise: torch.Tensor, sigma: float) -> list[float]:
+def loss_at(model: Model, text: Text, rows: tuple[Tensor, Tensor, Tensor | None], sigma: float) -> list[float]:
     """Squared error of each sample's velocity at one sigma, plain whatever the training loss is."""
-    latent, noise = latent.to(model.device), noise.to(model.device)
+    latent, noise, cond = (None if part is None else part.to(model.device) for part in rows)
+    assert latent is not None and noise is not None
     sigma_B = torch.full((len(latent),), sigma, device=model.device)
     noisy = interpolate(latent, noise, sigma_B)
-    predicted = predict(model, noisy, sigma_B[:, None] * TIMESTEPS, text)
+    predicted = predict(model, noisy, sigma_B[:, None] * TIMESTEPS, text, None, cond)
     return [float(value) for value in flow_loss(predicted - velocity(latent, noise))]

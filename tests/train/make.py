@@ -9,12 +9,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from numpy.typing import NDArray
 
-from shared.config import Config
+from shared.config import Config, leaf_keys
 from shared.keys import caption_key
 from shared.models import ModelSpec, spec_of_folder
-from shared.resolve import PRESETS, read_layer
+from shared.resolve import PRESETS, Resolved, read_layer
 from shared.store import DatasetList, ListedSample, create_store, recipe_key, write_dataset
 from shared.store_write import UnitDraft, write_latents, write_texts
+from train.checkpoint import latest, read_tensors
+from train.run import Run
 
 TEXT_DIM = 16
 DIT = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16, "text_dim": TEXT_DIM,
@@ -83,8 +85,24 @@ def smooth(rng: np.random.Generator, shape: tuple[int, int, int, int]) -> NDArra
 def config(model: Path, **changes: Any) -> Config:
     """The demo preset on a made model, small: float32, 32x32x9, rank 4."""
     small = {"base_model_name": str(model), "resolution": "32x32", "frames": 9, "batch_size": 4, "lora_rank": 4,
-             "lora_alpha": 4.0, "max_steps": 6, "warmup_steps": 2}  # fmt: skip
+             "lora_alpha": 4.0, "max_steps": 6, "warmup_steps": 2, "sample_prompts": []}  # fmt: skip
     return Config.model_validate(read_layer(PRESETS / "demo.json") | small | changes)
+
+
+def make_run(folder: Path, settings: Config, store: Path) -> Run:
+    """A run in a folder of its own, not started."""
+    return Run(folder, Resolved(settings, dict.fromkeys(leaf_keys(), "test")), (store,), folder.parent)
+
+
+def events(run: Run) -> list[dict[str, Any]]:
+    """Rows of the event log without their timing."""
+    rows = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
+
+
+def trained(run: Run, expert: str = "single", kind: str = "weights") -> dict[str, torch.Tensor]:
+    """Tensors of the newest checkpoint."""
+    return read_tensors(latest(run.folder) or Path(), f"{kind}_{expert}")
 
 
 def make_all(folder: Path, count: int = 10, pair: bool = False) -> tuple[Path, ModelSpec, Path]:

@@ -1,0 +1,89 @@
+"""The resume law: killed at any moment and started again, a run ends with the same bits as one that was left alone."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.models import ModelSpec
+from tests.train.children import child
+from tests.train.make import config, events, make_run, trained
+from train import checkpoint
+from train.run import Run
+from train.session import start
+
+Made = tuple[Path, ModelSpec, Path]
+BASE: dict[str, Any] = {"max_steps": 8, "backup_after": 3, "ema": 0.9, "resolution": "32x32,48x32",
+                        "video_config": {"video_batch_size_multiplier": 0.5}}  # fmt: skip
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_same_runs(ours: Run, theirs: Run, experts: tuple[str, ...]) -> None:
+    for expert in experts:
+        for kind in ("weights", "average"):
+            assert same(trained(ours, expert, kind), trained(theirs, expert, kind))
+    states = [checkpoint.read_optimizer(checkpoint.latest(run.folder) or Path())["state"] for run in (ours, theirs)]
+    assert all(torch.equal(states[0][number][name], states[1][number][name])
+               for number in states[0] for name in states[0][number])  # fmt: skip
+    assert events(ours) == events(theirs)
+
+
+@pytest.mark.parametrize("experts", [("single",), ("high_noise", "low_noise")])
+def test_killed_at_random_moments_a_run_ends_bit_equal(mixed: Made, pair: Made, tmp_path: Path, experts: Any) -> None:
+    model, _, store = mixed if len(experts) == 1 else pair
+    settings = config(model, **BASE)
+    whole, broken = (make_run(tmp_path / name, settings, store) for name in ("whole", "broken"))
+    began = time.monotonic()
+    start(whole, finished=False)
+    length, dice = time.monotonic() - began, random.Random(len(experts))
+    for _ in range(4):
+        process = child(broken)
+        time.sleep(dice.uniform(0.1, 1.2) * length)
+        process.kill()
+        process.join()
+    start(broken, finished=False)
+    assert_same_runs(whole, broken, experts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(single: Made, tmp_path: Path, number: signal.Signals) -> None:
+    model, _, store = single
+    run = make_run(tmp_path / "run", config(model, max_steps=100_000, ema=0.5), store)
+    process = child(run)
+    log = run.folder / "events.jsonl"
+    while process.is_alive() and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    saved = checkpoint.latest(run.folder)
+    assert saved is not None and events(run)[-1]["step"] == int(saved.name)
+
+
+def test_old_checkpoints_go_the_newest_stay(single: Made, tmp_path: Path) -> None:
+    model, _, store = single
+    run = make_run(tmp_path / "run", config(model, max_steps=7, backup_after=1, backup_keep=3), store)
+    start(run, finished=False)
+    assert checkpoint.steps_saved(run.folder) == [5, 6, 7]
+
+
+def test_a_full_disk_costs_checkpoints_not_the_run(single: Made, tmp_path: Path) -> None:
+    model, _, store = single
+    settings = config(model, max_steps=6, backup_after=2, ema=0.5)
+    whole, full = (make_run(tmp_path / name, settings, store) for name in ("whole", "full"))
+    start(whole, finished=False)
+    process = child(full, file_limit=20_000)  # files of adapters are larger, the log is smaller
+    process.join()
+    assert process.exitcode == 1
+    assert [row["step"] for row in events(full) if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert checkpoint.steps_saved(full.folder) == [] and not list(full.folder.rglob("*.part"))
+    start(full, finished=False)
+    assert_same_runs(whole, full, ("single",))

@@ -1,0 +1,76 @@
+"""Updates of bfloat16 weights that do not lose what is smaller than a rounding step.
+
+Every tensor is updated through a float32 copy that lives for its own update only; the optimizer's state is float32.
+STOCHASTIC rounds up or down with the probability that keeps the mean; KAHAN keeps what rounding lost, in bfloat16
+beside the weight (Zamirai et al. 2020, arXiv 2010.06192, for both).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LOW_BITS = 1 << 16  # float32 has as many mantissa bits more than bfloat16, as steps
+
+
+def round_stochastic(wide: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up with the probability of the distance covered."""
+    dice = torch.randint(0, LOW_BITS, wide.shape, generator=generator, dtype=torch.int32, device=generator.device)
+    bits = wide.contiguous().view(torch.int32) + dice.to(wide.device)
+    return (bits & -LOW_BITS).view(torch.float32).to(torch.bfloat16)
+
+
+class Rounded:
+    """An optimizer over half-precision weights, made of one ordinary optimizer per tensor."""
+
+    def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], parts: Iterable[nn.Parameter],
+                 kahan: bool, seed: int) -> None:  # fmt: skip
+        self.parts, self.kahan, self.seed, self.steps = list(parts), kahan, seed, 0
+        self.wide = [nn.Parameter(torch.empty(0, device=part.device)) for part in self.parts]
+        self.inner = [make([wide]) for wide in self.wide]
+        self.lost = [torch.zeros_like(part) for part in self.parts] if kahan else []
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of all tensors, to set rates in."""
+        return [group for optimizer in self.inner for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every tensor that has a gradient."""
+        generator = torch.Generator().manual_seed((self.seed + self.steps) % 2**63)
+        self.steps += 1
+        for index, (part, wide, optimizer) in enumerate(zip(self.parts, self.wide, self.inner, strict=True)):
+            if part.grad is not None:
+                wide.data = part.float() + (self.lost[index].float() if self.kahan else 0)
+                wide.grad = part.grad.float()
+                optimizer.step()
+                self._keep(index, part, wide.data, generator)
+                wide.data, wide.grad = wide.data.new_empty(0), None
+
+    def _keep(self, index: int, part: nn.Parameter, updated: Tensor, generator: torch.Generator) -> None:
+        if part.dtype != torch.bfloat16 or self.kahan:
+            part.copy_(updated)
+        else:
+            part.copy_(round_stochastic(updated, generator))
+        if self.kahan:
+            self.lost[index].copy_(updated - part.float())
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state, tensors and numbers."""
+        inner = [optimizer.state_dict() for optimizer in self.inner]
+        return {"inner": inner, "lost": self.lost, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state."""
+        for optimizer, saved in zip(self.inner, state["inner"], strict=True):
+            optimizer.load_state_dict(saved)
+        for lost, kept in zip(self.lost, state["lost"], strict=True):
+            lost.copy_(kept)
+        self.steps = int(state["steps"])
