@@ -53,7 +53,6 @@ class Facts(Record):
     alpha: bool = False
     fps: float = 0.0  # frames / duration
     variable_rate: bool = False
-    longest_frame: float = 0.0  # seconds from a frame to the next, at most
     frames: int = 1
     start: float = 0.0
     end: float = 0.0  # end of the last frame
@@ -74,7 +73,6 @@ class Times:
     start: int
     end: int
     variable: bool
-    longest: int
     keyframes: tuple[int, ...]
 
 
@@ -146,7 +144,6 @@ def read_times(container: Any, stream: Any) -> Times:
         start=stamps[0][0],
         end=stamps[-1][0] + last,
         variable=uneven,
-        longest=max([*gaps, last]),
         keyframes=tuple(time for time, _, key in stamps if key),
     )
 
@@ -179,7 +176,6 @@ def facts_of(stream: Any, frame: Any, times: Times) -> Facts:
         alpha=stream.metadata.get("alpha_mode") == "1" or any(part.is_alpha for part in frame.format.components),
         fps=round(times.frames / seconds, 3) if seconds > 0 else 0.0,
         variable_rate=times.variable,
-        longest_frame=times.longest / MICRO,
         frames=times.frames,
         start=times.start / MICRO,
         end=times.end / MICRO,

@@ -80,8 +80,8 @@ def complaint(errors: str) -> Exception:
     return Unusable(f"damaged: {lines[0][:200]}" if lines else "ffmpeg failed without a word")
 
 
-def source_input(path: Path, facts: Facts, seek: float = 0.0, end: float | None = None) -> Any:
-    """The video stream of a source, decoded on one thread from the keyframe at `seek` seconds to `end`.
+def source_input(path: Path, facts: Facts, seek: float = 0.0) -> Any:
+    """The video stream of a source, decoded on one thread from the keyframe at `seek` seconds.
 
     The prefix file: and the white lists keep a file's name or content from being taken for an option, a protocol or a
     playlist of other files.
@@ -94,10 +94,6 @@ def source_input(path: Path, facts: Facts, seek: float = 0.0, end: float | None 
     options |= {"threads": 1, "protocol_whitelist": "file", "format_whitelist": FORMATS}
     if seek > facts.start:
         options |= {"noaccurate_seek": None, "ss": f"{seek:.6f}"}
-    else:
-        seek = 0.0
-    if end is not None:
-        options["t"] = f"{end - seek:.6f}"
     return ffmpeg.input(f"file:{path.absolute()}", **options)[str(facts.stream)]
 
 

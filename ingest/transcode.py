@@ -128,17 +128,11 @@ def arguments(job: Job) -> list[str]:
     """ffmpeg's arguments, without the program; output files are named by key in the current folder."""
     start = min(sample.window.start for sample in job.samples)
     keyframe = max((time for time in job.facts.keyframes if time <= start), default=0.0)
-    stream = source_input(job.path, job.facts, keyframe, reading_end(job))
+    stream = source_input(job.path, job.facts, keyframe)
     if job.facts.interlaced:
         stream = stream.filter("bwdif", mode="send_frame")
     outputs = [output for sample, branch in branches(stream, job) for output in encoded(sample, branch)]
     return compiled(outputs)
-
-
-def reading_end(job: Job) -> float:
-    """Seconds after which nothing has to be read: damage further on does no harm."""
-    windows = [sample.window for sample in job.samples]
-    return max(w.start + w.duration + 2 / float(w.rate) for w in windows) + job.facts.longest_frame
 
 
 def branches(stream: Any, job: Job) -> list[tuple[Sample, Any]]:

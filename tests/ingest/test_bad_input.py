@@ -79,7 +79,7 @@ CORPUS: dict[str, tuple[Make, str]] = {
     "text.mp4": (lambda path: path.write_text("hello " * 999), "not a video file"),
     "cut10.mp4": (cut_to(0.1), "not a video file|damaged|no frame|too short"),
     "cut50.mp4": (cut_to(0.5), "kept|damaged|too short"),
-    "cut90.mp4": (cut_to(0.9), "kept"),
+    "cut90.mp4": (cut_to(0.9), "kept|damaged"),
     "no_moov.mp4": (no_moov, "not a video file"),
     "sound.mp4": (audio_only, "no video in it"),
     "one_frame.mp4": (transformed(count=1), "too short"),
