@@ -18,7 +18,7 @@ config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag
 store_flags = --work "$$WORK" $(call flag,STORE,store)
 run_flag = $(call flag,RUN,run)
 
-.PHONY: help setup demo tiny ingest encode status verify push pull train plan explain sample export test soak check fmt bench clean
+.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export test soak check fmt bench clean
 
 help: ## this list
 	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
@@ -95,6 +95,9 @@ train: $(READY) ## the store to an adapter; an unfinished run goes on (RESUME=no
 
 plan: $(READY) ## what PRESET and MODEL need: memory, FLOPs, steps, and whether it fits (CARD=GiB); no download
 	@$(PY) -m train plan $(store_flags) $(config_flags) $(call flag,CARD,card)
+
+doctor: $(READY) ## GPU, memory, disk, ffmpeg, versions, model: ok, or how to mend it
+	@$(PY) -m train doctor --work "$$WORK" $(config_flags) $(call flag,FFMPEG,ffmpeg)
 
 explain: $(READY) ## the resolved configuration, and where each value came from
 	@$(PY) -m train explain $(store_flags) $(config_flags)

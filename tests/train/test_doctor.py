@@ -1,0 +1,40 @@
+"""Laws of the doctor: it never fails itself, every line has a state, and what is wrong names the next step."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.models import SPECS
+from shared.resolve import Choice, resolve
+from train.doctor import disk, examine, model, video_tool
+
+
+def test_every_line_is_ok_warning_or_error_and_each_subject_is_there(tmp_path: Path) -> None:
+    findings = examine(resolve(Choice("8gb")).config, SPECS["ti2v-5b"], tmp_path / "not" / "yet", None)
+    assert {finding.state for finding in findings} <= {"ok", "warning", "error"}
+    text = "\n".join(map(str, findings))
+    for subject in (f"torch {torch.__version__}", "RAM", "pinned", "disk", "ffmpeg version", "model ti2v-5b"):
+        assert subject in text
+    assert ("no GPU" in text) != torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("program", ["/no/such/ffmpeg", "/bin/true", "/bin/false"])
+def test_a_wrong_ffmpeg_is_an_error_with_the_way_out(program: str) -> None:
+    finding = video_tool(program)
+    assert finding.state == "error"
+    assert "leave FFMPEG out" in finding.text
+
+
+def test_a_model_folder_without_weights_is_an_error(tmp_path: Path) -> None:
+    spec = replace(SPECS["t2v-a14b"], repo=str(tmp_path))
+    assert model(spec).state == "error"
+    for part in ("transformer", "transformer_2"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.safetensors").touch()
+    assert model(spec).state == "ok"
+
+
+def test_the_disk_asked_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+    assert str(tmp_path) in disk(tmp_path / "a" / "b").text
