@@ -59,8 +59,8 @@ seen every pair of their attributes, but not all four together.
 
 ## Made by
 
-`make tiny` (`python -m tests.tiny`), from drawn clips only: {minutes} CPU minutes (all threads) on a machine with
-{cores} cores. Steps, rates and sizes:
+`make tiny` (`python -m tests.tiny`), from drawn clips only. Training took {minutes} CPU minutes (all threads, waiting
+included; drawing, encoding and scoring add a few) on a machine with {cores} cores. Steps, rates and sizes:
 
 ```
 {recipe}

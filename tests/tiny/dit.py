@@ -30,13 +30,13 @@ from train.lean import collate_text, lean_forward, project_text
 class DitSchedule:
     """How the DiT is trained."""
 
-    steps: int = 2600
+    steps: int = 2000
     clips_per_combination: int = 64
     batch_size: int = 64
     matrix_rate: float = 0.02
     vector_rate: float = 0.002
     warmup_steps: int = 20
-    decay_share: float = 0.5  # the rate falls to zero over this last share of the steps
+    decay_share: float = 0.4  # the rate falls to zero over this last share of the steps
     average_decay: float = 0.998
     caption_dropout: float = 0.1
     sigma_mean: float = 0.3  # sigma = sigmoid of a normal with this mean and std

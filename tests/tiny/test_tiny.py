@@ -62,7 +62,7 @@ def test_the_concept_is_a_word_the_tokenizer_can_spell(pipeline: WanPipeline) ->
 
 
 def test_the_vae_rebuilds_unseen_clips(pipeline: WanPipeline) -> None:
-    clips = drawn(list(COMBINATIONS[::18]))
+    clips = drawn(list(COMBINATIONS[::5]))
     assert np.mean([psnr(rebuild(pipeline.vae, clip), clip) for clip in clips]) >= 33
 
 
