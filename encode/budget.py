@@ -84,5 +84,7 @@ def encode_clips(vae: Any, video_BCTHW: torch.Tensor, chunk: int | None) -> torc
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CPU allocations fail with a plain RuntimeError of this text (c10/core/impl/alloc_cpu.cpp)."""
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """CPU allocations fail with plain RuntimeErrors: those of c10/core/impl/alloc_cpu.cpp and of oneDNN."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return any(text in str(error) for text in ("can't allocate memory", "could not create a primitive"))

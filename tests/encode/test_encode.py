@@ -23,11 +23,11 @@ from shared.weights import load_vae
 from tests.encode.make import VAE_22, add_shard, index_of, nano_model
 
 NEGATIVE, PROMPT = "blurry, static", "a square rolls"
+SAID = f'sample_negative_prompt="{NEGATIVE}" sample_prompts=["{PROMPT}"]'
 
 
 def settings(model: Path, more: str = "") -> Resolved:
-    said = f'sample_negative_prompt="{NEGATIVE}" sample_prompts=["{PROMPT}"] {more}'
-    return resolve(Choice(preset="demo", model=str(model), set=said))
+    return resolve(Choice(preset="demo", model=str(model), set=f"{SAID} {more}"))
 
 
 def run(work: Path, model: Path, more: str = "", part: str = "") -> Path:
