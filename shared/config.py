@@ -161,7 +161,7 @@ class Config(Strict):
     shard_megabytes: int = Field(64, ge=1, description="size of a tar shard; one shard is one unit of encode's work")
     gates: GatesConfig = GatesConfig()
     caption: CaptionConfig = CaptionConfig()
-    caption_prefix: str = Field("", description="put before every caption (trigger word)")
+    caption_prefix: str = Field("", description="put before every caption but those of prior clips (trigger word)")
     concepts: dict[str, ConceptConfig] = Field({}, description="settings per sub-folder of the dataset")
     prior: PriorConfig = PriorConfig()
 
@@ -258,6 +258,8 @@ class Config(Strict):
 
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
 BUILT: dict[str, tuple[Any, ...]] = {
+    "crop": ("center", "top"),
+    "caption.model": (None,),
     "text_encoder.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16"),
 }
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.

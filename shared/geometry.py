@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from shared.bucket import Bucket, nearest_size, parse_resolution, round_frames, round_to_grid
 from shared.config import Config
+from shared.errors import ConfigError
 from shared.models import ModelSpec
 
 
@@ -16,10 +17,15 @@ class Geometry:
     resolutions: tuple[tuple[int, int] | int, ...]
     grid: int
     remarks: tuple[str, ...]
+    max_side: int | None = None  # pixels; video_config.max_resolution
 
     def bucket(self, height: float, width: float, resolution: tuple[int, int] | int, image: bool = False) -> Bucket:
-        """Bucket of a picture of this display size (pixels)."""
-        return Bucket(1 if image else self.num_frames, *nearest_size(height, width, resolution, self.grid))
+        """Bucket of a picture of this display size (pixels); an area shrinks until its longer side is in max_side."""
+        size = nearest_size(height, width, resolution, self.grid)
+        while self.max_side and isinstance(resolution, int) and max(size) > self.max_side and resolution > self.grid:
+            resolution -= self.grid
+            size = nearest_size(height, width, resolution, self.grid)
+        return Bucket(1 if image else self.num_frames, *size)
 
 
 def geometry(config: Config, spec: ModelSpec) -> Geometry:
@@ -37,7 +43,17 @@ def geometry(config: Config, spec: ModelSpec) -> Geometry:
     resolutions = parse_resolution(config.resolution)
     if space < 1:
         resolutions = [scaled(size, space, spec.grid) for size in resolutions]
-    return Geometry(frames, fps, tuple(dict.fromkeys(resolutions)), spec.grid, tuple(remarks))
+    if video.max_resolution is not None:
+        refuse_larger(resolutions, video.max_resolution, spec.grid)
+    return Geometry(frames, fps, tuple(dict.fromkeys(resolutions)), spec.grid, tuple(remarks), video.max_resolution)
+
+
+def refuse_larger(resolutions: list[tuple[int, int] | int], most: int, grid: int) -> None:
+    """Raise ConfigError when no bucket, or an exact resolution, can have its longer side within max_resolution."""
+    exact = [size for size in resolutions if isinstance(size, tuple) and max(size) > most]
+    if most < grid or exact:
+        wanted = f"resolution {exact[0][0]}x{exact[0][1]}" if exact else f"the model's grid of {grid} pixels"
+        raise ConfigError(f"video_config.max_resolution: {most} is less than {wanted}; raise it, or set it to null")
 
 
 def compression(wanted: int | None, own: int, name: str, remarks: list[str]) -> float:
