@@ -152,7 +152,7 @@ def caption_lines(text: bytes) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in lines if line))
 
 
-def natural(path: str) -> list[tuple[int, str | int]]:
+def natural(path: str) -> tuple[list[tuple[int, str | int]], str]:
     """Sort key in which clip2 comes before clip10."""
     parts = re.split(r"(\d+)", path.casefold())
-    return [(1, int(part)) if part.isdecimal() and part.isascii() else (0, part) for part in parts] + [(2, path)]
+    return [(1, int(part)) if part.isdecimal() and part.isascii() else (0, part) for part in parts], path

@@ -115,7 +115,8 @@ def read_bars(job: Job, folder: Path) -> Box | None:
     """The picture without its black bars, from all windows of the clip; None when there are no bars."""
     import numpy as np
 
-    windows = {sample.window: sample for sample in job.samples if sample.window.variant == "plain"}
+    plain = [sample for sample in job.samples if sample.window.variant == "plain"]
+    windows = {sample.window: sample for sample in reversed(plain)}  # the log is named by a window's first sample
     greys = []
     for sample in windows.values():
         width, height = grey_size(sample.scaled)

@@ -208,3 +208,30 @@ def test_data_is_asked_for_and_the_command_line_works(data: Path, tmp_path: Path
     done = run_command(ingest_process(data, tmp_path / "work"))
     assert "3 videos, 0 images; captions: 3 from .txt files" in done.stdout
     assert "kept 3 samples of 3 files" in done.stdout
+
+
+def test_max_resolution_bounds_the_longer_side(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_video(data / "a_wide_board.mp4", moving_square(3, height=96, width=192))
+    free = run_ingest(data, tmp_path / "free", "resolution=160").samples[0]
+    bound = run_ingest(data, tmp_path / "bound", "resolution=160 video_config.max_resolution=160").samples[0]
+    assert max(free.height, free.width) > 160 >= max(bound.height, bound.width)
+    with pytest.raises(ConfigError, match="max_resolution: 160 is less than resolution 832x480"):
+        run_ingest(data, tmp_path / "bound", "resolution=832x480 video_config.max_resolution=160")
+
+
+def test_several_resolutions_give_a_sample_each_from_one_pass(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", {"clip1.mp4": "a board"})
+    index = run_ingest(data, tmp_path / "work", "resolution=64,96 crop=top")
+    assert sorted(sample.height for sample in index.samples) == [64, 96]
+    assert len({sample.clip for sample in index.samples}) == 2
+
+
+def test_the_kept_part_is_the_middle_or_the_top(tmp_path: Path) -> None:
+    frames = moving_square(3, height=192, width=64)
+    frames[:, :64], frames[:, 64:128], frames[:, 128:] = frames[:, :64] // 4, 120, 250
+    data = tmp_path / "data"
+    write_video(data / "a_tall_board.mp4", frames)
+    for crop, low, high in (("top", 0, 60), ("center", 115, 125)):
+        index = run_ingest(data, tmp_path / crop, f"resolution=64x64 crop={crop} gates.frozen=null")
+        assert low < pixels_of(index, tmp_path / crop, index.samples[0].key).mean() < high
