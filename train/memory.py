@@ -16,7 +16,7 @@ import torch
 
 from shared.bucket import Bucket, aspect_sizes
 from shared.config import Config
-from shared.errors import RunError
+from shared.errors import ConfigError, RunError
 from shared.geometry import geometry
 from shared.models import ModelSpec
 from shared.resolve import merge, nest, to_json, value_at
@@ -73,8 +73,8 @@ class MemoryPlan:
 
 
 def plan_for_device(config: Config, spec: ModelSpec, device: torch.device) -> MemoryPlan:
-    """The plan of a run's largest bucket on the device at hand."""
-    return plan_memory(config, spec, largest_bucket(config, spec), device_budget(device))
+    """The plan of a run's largest bucket on the device at hand. On a CPU nothing is gained by streaming from RAM."""
+    return plan_memory(config, spec, largest_bucket(config, spec), device_budget(device), device.type != "cpu")
 
 
 def device_budget(device: torch.device) -> int:
@@ -85,11 +85,12 @@ def device_budget(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) + CONTEXT
 
 
-def plan_memory(config: Config, spec: ModelSpec, bucket: Bucket, budget: int | None) -> MemoryPlan:
-    """The memory of the steps of one bucket, with the fastest placement that fits."""
+def plan_memory(config: Config, spec: ModelSpec, bucket: Bucket, budget: int | None, stream: bool = True) -> MemoryPlan:
+    """The memory of the steps of one bucket, with the fastest placement that fits; AUTO streams if `stream` allows."""
     weights, block = weight_cost_of(spec, config), block_cost_of(spec, config, bucket)
     best = None
-    for placement in placements(config, weights.blocks):
+    asked = config.layer_offload_fraction != "AUTO"
+    for placement in (place for place in placements(config, weights.blocks) if asked or stream or not place.streamed):
         best = add_up(config, spec, (weights, block), (bucket, placement), budget)
         if best.fits:
             break
@@ -103,6 +104,9 @@ def placements(config: Config, blocks: int) -> Iterable[Placement]:
     fraction = config.layer_offload_fraction
     if not isinstance(fraction, str):
         streamed = round(fraction * blocks)
+        if streamed and config.training_method == "FINE_TUNE":
+            raise ConfigError(f"layer_offload_fraction={fraction}: FINE_TUNE changes all weights, and sending them back "
+                              "to RAM is not built yet; use AUTO or 0")  # fmt: skip
         return [Placement(streamed, blocks if recompute else streamed)]
     again = [Placement(0, count) for count in range(blocks + 1)] if recompute else [Placement(0, 0)]
     if config.training_method == "FINE_TUNE":  # weights that change would have to travel back
@@ -147,10 +151,11 @@ def trained_bytes(config: Config, weights: WeightCost) -> dict[str, int]:
     if config.training_method == "EMBEDDING":
         shapes = [torch.Size((config.embedding.token_count, 4096))]
     elements = sum(shape.numel() for shape in shapes)
+    lost = elements * size if config.optimizer.rounding == "KAHAN" else 0
     return {
         "adapter": 0 if fine_tune else elements * size,
         "gradients": elements * size,
-        "optimizer": sum(state_bytes(config, shape, size) for shape in shapes),
+        "optimizer": sum(state_bytes(config, shape, size) for shape in shapes) + lost,
         "averages": elements * 4 if config.ema is not None else 0,
     }
 
@@ -158,6 +163,7 @@ def trained_bytes(config: Config, weights: WeightCost) -> dict[str, int]:
 def state_bytes(config: Config, shape: torch.Size, size: int) -> int:
     """Optimizer state of one parameter. Adafactor keeps a row and a column; 8-bit states begin at 4096 elements."""
     name, elements = config.optimizer.name, shape.numel()
+    size = size if config.optimizer.rounding == "NEAREST" else 4  # rounding.py keeps states in float32
     if name == "ADAFACTOR":
         factored = sum(shape[-2:]) * math.prod(shape[:-2]) if len(shape) > 1 else elements
         return factored * size

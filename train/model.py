@@ -20,7 +20,7 @@ from train.condition import concat_mask
 from train.embedding import Concept
 from train.lean import LeanOptions, Places, Text, collate_text, lean_forward, project_text
 from train.load import load_quantized
-from train.memory import plan_for_device
+from train.memory import Placement, plan_for_device
 from train.offload import place
 
 CAPTIONS_KEPT = 4096  # projected captions in memory: 0.8 MB each at 80 tokens of A14B
@@ -53,22 +53,28 @@ def pick_device() -> torch.device:
 
 def load_model(spec: ModelSpec, expert: str, config: Config, device: torch.device) -> Model:
     """Load an expert's frozen weights in their storage dtype, ready for an adapter; FINE_TUNE gets plain ones."""
+    placement = plan_for_device(
+        config, spec, device
+    ).placement  # from the memory that is free before the model is there
     if config.training_method == "FINE_TUNE":
-        return load_trainable(spec, expert, config, device)
-    placement = plan_for_device(config, spec, device).placement
+        return load_trainable(spec, expert, config, device, placement)
     transformer = load_quantized(spec, expert, config.transformer.weight_dtype, config.train_dtype)
-    parked = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
-    runner = place(transformer, placement, parked, device)
-    options = LeanOptions(temporal_attention=config.video_config.use_temporal_attention, run_block=runner)
+    options = placed(transformer, config, device, placement)
     return Model(transformer, device, torch_dtype(config.train_dtype), options)
 
 
-def load_trainable(spec: ModelSpec, expert: str, config: Config, device: torch.device) -> Model:
+def placed(transformer: Any, config: Config, device: torch.device, placement: Placement) -> LeanOptions:
+    """Move a loaded expert to the device as the memory plan says; how to run it from there."""
+    parked = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
+    runner = place(transformer, placement, parked, device)
+    return LeanOptions(temporal_attention=config.video_config.use_temporal_attention, run_block=runner)
+
+
+def load_trainable(spec: ModelSpec, expert: str, config: Config, device: torch.device, placement: Placement) -> Model:
     """Load an expert whose own weights are trained."""
     storage = config.transformer.weight_dtype
-    transformer = load_transformer(spec, expert, torch_dtype(storage)).to(device)
-    again = len(transformer.blocks) if config.gradient_checkpointing != "NONE" else 0
-    options = LeanOptions(checkpoint_blocks=again, temporal_attention=config.video_config.use_temporal_attention)
+    transformer = load_transformer(spec, expert, torch_dtype(storage))
+    options = placed(transformer, config, device, placement)
     return Model(transformer, device, torch_dtype(config.train_dtype), options, storage != config.train_dtype)
 
 
