@@ -105,8 +105,8 @@ def placements(config: Config, blocks: int) -> Iterable[Placement]:
     if not isinstance(fraction, str):
         streamed = round(fraction * blocks)
         if streamed and config.training_method == "FINE_TUNE":
-            raise ConfigError(f"layer_offload_fraction={fraction}: FINE_TUNE changes all weights, and sending them back "
-                              "to RAM is not built yet; use AUTO or 0")  # fmt: skip
+            raise ConfigError(f"layer_offload_fraction={fraction}: FINE_TUNE changes all weights, and sending them "
+                              "back to RAM is not built yet; use AUTO or 0")  # fmt: skip
         return [Placement(streamed, blocks if recompute else streamed)]
     again = [Placement(0, count) for count in range(blocks + 1)] if recompute else [Placement(0, 0)]
     if config.training_method == "FINE_TUNE":  # weights that change would have to travel back
