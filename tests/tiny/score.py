@@ -60,7 +60,7 @@ def concept_share(video: Tensor) -> tuple[float, float]:
     foreground = pixels[np.abs(pixels - np.median(pixels, axis=0)).sum(axis=1) > 60]
     if len(foreground) == 0:
         return 0.0, 0.0
-    pink, green = (float((np.abs(foreground - np.array(c)).sum(axis=1) < 80).mean()) for c in CONCEPT_COLORS)
+    pink, green = (float((np.abs(foreground - np.array(c)).sum(axis=1) < 110).mean()) for c in CONCEPT_COLORS)
     return pink, green
 
 
