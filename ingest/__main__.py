@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from ingest.caption import lint
 from ingest.decide import Decision, Source, decide, usable
 from ingest.discover import Dataset, discover
 from ingest.examine import Saver, changed, examine
@@ -85,8 +86,9 @@ def ingest(order: Order) -> None:
         decision.dropped[:0] = [*dataset.dropped, *unread, *unusable]
         pack_samples(order.work, decision, shards, config.shard_megabytes)
         index = build_index(dataset_id(order.work), config, sources, decision, list(shards.values()))
-        publish(order.work, index, old, to_json(config))
-    click.echo(summary(index))
+        remarks = lint({source.found.path: source.found.captions for source in sources})
+        publish(order.work, index, old, to_json(config), remarks)
+    click.echo(summary(index, remarks))
     if not index.samples:
         raise DatasetError(f"nothing of DATA={order.data} is left to train on; the reasons are above and in "
                            f"{order.work / 'report.html'}")  # fmt: skip
@@ -161,7 +163,7 @@ def make_samples(
     staging = order.work / "staging"
     while True:
         present = {key for shard in shards.values() for key in shard.keys}
-        present |= {path.stem for path in staging.iterdir() if path.suffix != ".json"}
+        present |= {path.stem for path in staging.iterdir() if path.suffix not in (".json", ".jpg")}
         decision = decide(sources, planner, ledger, present)
         if not decision.jobs:
             return decision
@@ -219,11 +221,13 @@ def dataset_id(work: Path) -> str:
     return str(read_json(path)["id"])
 
 
-def publish(work: Path, index: Index, old: Index | None, config: dict[str, object]) -> None:
+def publish(
+    work: Path, index: Index, old: Index | None, config: dict[str, object], remarks: dict[str, list[str]]
+) -> None:
     """Write config, report and, last, the index; then remove what it does not name."""
     write_json(work / "config.json", config)
-    write_report(work, index)
-    if index != old:
+    if index != old or not (work / "report.html").is_file():
+        write_report(work, index, remarks)
         write_index(work, index)
     for path in [*(work / "staging").iterdir(), *shard_folder(work).glob("*.tar")]:
         if path.name not in {shard.name for shard in index.shards}:

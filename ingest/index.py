@@ -1,13 +1,15 @@
 """Decisions -> the index, and the few lines that sum it up. Cost: none."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ingest.caption import with_prefix
 from ingest.decide import Decision, Source
 from ingest.plan import INGEST_VERSION, Sample, in_folder
 from shared.config import Config
 from shared.shards import Drop, Index, SampleRecord, ShardRecord, SourceFacts, Split
+
+EXAMPLES = 3  # remarks on captions that the terminal shows; the report has all
 
 
 def build_index(
@@ -69,8 +71,8 @@ def split_of(config: Config, source: Source) -> Split:
     return "validation" if int(source.sha256[:8], 16) / 16**8 < held.fraction else "train"
 
 
-def summary(index: Index) -> str:
-    """Kept and dropped, by bucket and by reason."""
+def summary(index: Index, remarks: Mapping[str, list[str]]) -> str:
+    """Kept and dropped, by bucket and by reason; captions that the lint remarks on."""
     sources = {sample.source for sample in index.samples}
     lines = [f"kept {len(index.samples)} samples of {len(sources)} files in {len(index.shards)} shards"]
     buckets = Counter(str(sample.bucket) for sample in index.samples)
@@ -79,6 +81,9 @@ def summary(index: Index) -> str:
     if reasons:
         lines.append(f"dropped {sum(reasons.values())}:")
         lines += [f"  {count:6} {reason}" for reason, count in reasons.most_common()]
+    if remarks:
+        lines.append(f"{len(remarks)} captions worth another look, for example:")
+        lines += [f"  {caption[:60]!r}: {found[0]}" for caption, found in list(remarks.items())[:EXAMPLES]]
     return "\n".join(lines)
 
 

@@ -54,7 +54,8 @@ def pack(work: Path, kept: Iterable[Kept], megabytes: int) -> Iterator[ShardReco
         for group in grouped(staging, items, megabytes * MEGABYTE):
             yield write_shard(work, name, group)
             for item in group:
-                staged(staging, item.sample).unlink()
+                for file in item.sample.files:
+                    (staging / file).unlink()
 
 
 def grouped(staging: Path, items: list[Kept], limit: int) -> Iterator[list[Kept]]:
@@ -62,7 +63,7 @@ def grouped(staging: Path, items: list[Kept], limit: int) -> Iterator[list[Kept]
     group: list[Kept] = []
     size = 0
     for item in items:
-        more = staged(staging, item.sample).stat().st_size
+        more = sum((staging / file).stat().st_size for file in item.sample.files)
         if group and size + more > limit:
             yield group
             group, size = [], 0
@@ -80,9 +81,9 @@ def write_shard(work: Path, bucket: str, group: list[Kept]) -> ShardRecord:
     path = shard_folder(work) / f"{bucket}-{fingerprint(keys=keys)[:12]}.tar"
     with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
         for item in group:
-            sample = item.sample
-            pixels = staged(work / "staging", sample).read_bytes()
-            writer.write({"__key__": sample.key, sample.extension: pixels, "json": facts_in_tar(item)})
+            made = [work / "staging" / file for file in item.sample.files]
+            parts = {path.suffix[1:]: path.read_bytes() for path in made}
+            writer.write({"__key__": item.sample.key, "json": facts_in_tar(item), **parts})
     return ShardRecord(name=path.name, sha256=sha256_of(path), bytes=path.stat().st_size, keys=tuple(keys))
 
 
@@ -93,8 +94,3 @@ def facts_in_tar(item: Kept) -> bytes:
              "width": sample.bucket.width, "fps": sample.fps, "start": window.start, "duration": window.duration,
              "variant": window.variant, "clip": sample.clip_key}  # fmt: skip
     return json.dumps(value, sort_keys=True).encode()
-
-
-def staged(staging: Path, sample: Sample) -> Path:
-    """Where a finished sample waits for its tar."""
-    return staging / f"{sample.key}.{sample.extension}"

@@ -44,6 +44,11 @@ class Sample:
     crop: tuple[int, int]  # left, top in the scaled picture
     extension: Extension
 
+    @property
+    def files(self) -> tuple[str, str]:
+        """Names of what is made of it: a thumbnail for people, and the sample, which stands for both being there."""
+        return f"{self.key}.jpg", f"{self.key}.{self.extension}"
+
 
 @dataclass(frozen=True)
 class ClipPlan:

@@ -19,6 +19,7 @@ from ingest.probe import Facts, Unlucky, Unusable
 from ingest.runner import Runner, Stopped, compiled, source_input
 from shared.files import PART, sync, write_json
 
+THUMBNAIL_WIDTH = 160  # pixels of the longer side
 BASE_LIMIT = 120.0  # seconds a clip may always take
 PIXEL_RATE = 1.5e6  # pixels per second that the slowest machine is expected to work through
 
@@ -87,8 +88,7 @@ def together(job: Job, runner: Runner) -> Learned:
                 raise Stopped from None
             raise
         bars = {job.look: read_bars(job, folder)} if job.look else {}
-        for sample in job.samples:
-            made = folder / f"{sample.key}.{sample.extension}"
+        for made in [folder / name for sample in job.samples for name in sample.files]:
             sync(made)  # the name in staging stands for whole bytes
             made.replace(runner.staging / made.name)
         return Learned(bars=bars, measures=measures)
@@ -169,28 +169,47 @@ def scaled(sample: Sample, stream: Any, facts: Facts) -> Any:
 
 
 def encoded(sample: Sample, stream: Any) -> list[Any]:
-    """Two outputs: the sample, and the small grey copy of the whole picture that the gates look at."""
+    """Three outputs: the sample, its thumbnail, and a small grey copy of the whole picture that the gates look at."""
     whole, copy = split(stream, 2)
-    sample_stream = whole.filter("crop", sample.bucket.width, sample.bucket.height, *sample.crop)
-    if sample.window.reverse:
-        sample_stream = sample_stream.filter("reverse")
-    rate = Fraction(sample.fps).limit_denominator(10_000)
-    played = sample_stream.filter("settb", expr=str(1 / rate)).filter("setpts", "N")
-    sample_stream = played.filter("fps", fps=str(rate)).filter("setsar", 1)  # for the frame rate in the header
-    common = {"frames:v": sample.window.count, "fps_mode": "passthrough", "threads": 1}
-    common |= {"map_metadata": -1, "fflags": "+bitexact", "flags:v": "+bitexact"}
-    if sample.extension == "mkv":
-        codec: dict[str, Any] = {"vcodec": "ffv1", "level": 3, "pix_fmt": "bgr0"}
-    else:
-        sample_stream = sample_stream.filter("setparams", **colour.TAGS, range="tv")
-        codec = {"vcodec": "libx264", "preset": "veryfast", "crf": 12, "pix_fmt": "yuv420p", "color_range": "tv",
-                 "movflags": "+faststart", **colour.TAGS}  # fmt: skip
+    cropped = whole.filter("crop", sample.bucket.width, sample.bucket.height, *sample.crop)
+    shown, middle = split(cropped.filter("reverse") if sample.window.reverse else cropped, 2)
     width, height = grey_size(sample.scaled)
     grey = copy.filter("scale", width, height, flags="area", out_range="pc").filter("format", "gray")
     return [
-        sample_stream.output(f"{sample.key}.{sample.extension}", **codec, **common),
+        sample_output(sample, shown),
+        thumbnail_output(sample, middle),
         grey.output(f"{sample.key}.gray", format="rawvideo", fps_mode="passthrough"),
     ]
+
+
+def sample_output(sample: Sample, stream: Any) -> Any:
+    """The sample's file, with the same bytes each time."""
+    rate = Fraction(sample.fps).limit_denominator(10_000)
+    played = stream.filter("settb", expr=str(1 / rate)).filter("setpts", "N")
+    stream = played.filter("fps", fps=str(rate)).filter("setsar", 1)  # for the frame rate in the header
+    common = {"frames:v": sample.window.count, "fps_mode": "passthrough", "threads": 1}
+    common |= {"map_metadata": -1, "fflags": "+bitexact", "flags:v": "+bitexact"}
+    if sample.extension == "mkv":
+        return stream.output(f"{sample.key}.mkv", vcodec="ffv1", level=3, pix_fmt="bgr0", **common)
+    tags = {**colour.TAGS, "color_range": "tv"}
+    codec = {"vcodec": "libx264", "preset": "veryfast", "crf": 12, "pix_fmt": "yuv420p", "movflags": "+faststart"}
+    tagged = stream.filter("setparams", **colour.TAGS, range="tv")
+    return tagged.output(f"{sample.key}.mp4", **codec, **tags, **common)
+
+
+def thumbnail_output(sample: Sample, stream: Any) -> Any:
+    """The middle frame as a small JPEG (full-range BT.601, as JFIF has it)."""
+    middle = stream.filter("select", f"eq(n,{sample.window.count // 2})")
+    width, height = thumbnail_size(sample)
+    small = middle.filter("scale", width, height, flags="area", out_color_matrix="bt601", out_range="pc")
+    options = {"frames:v": 1, "update": 1, "vcodec": "mjpeg", "q:v": 5, "threads": 1, "fflags": "+bitexact"}
+    return small.filter("format", "yuvj420p").output(f"{sample.key}.jpg", **options, **{"flags:v": "+bitexact"})
+
+
+def thumbnail_size(sample: Sample) -> tuple[int, int]:
+    """(width, height) of a sample's thumbnail, even."""
+    factor = THUMBNAIL_WIDTH / max(sample.bucket.width, sample.bucket.height)
+    return max(2, 2 * round(sample.bucket.width * factor / 2)), max(2, 2 * round(sample.bucket.height * factor / 2))
 
 
 def grey_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -217,7 +236,8 @@ def picture(job: Job, folder: Path) -> dict[str, Measures]:
         left, top = sample.crop
         whole = image.resize(sample.scaled, Image.Resampling.LANCZOS)
         cut = whole.crop((left, top, left + sample.bucket.width, top + sample.bucket.height))
-        cut.save(folder / f"{sample.key}.png", optimize=False)
+        cut.save(folder / f"{sample.key}.png")
+        cut.resize(thumbnail_size(sample), Image.Resampling.BOX).save(folder / f"{sample.key}.jpg")
         grey = whole.convert("L").resize(grey_size(sample.scaled), Image.Resampling.BOX)
         measures[sample.key] = measure(np.asarray(grey)[None])
     return measures

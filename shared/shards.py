@@ -1,6 +1,7 @@
 """What ingest leaves: tar shards of samples and an index, written last, that names every sample and every drop.
 
-A shard is an immutable WebDataset tar of samples of one bucket: `<key>.mp4` (or `.png` for an image) and `<key>.json`.
+A shard is an immutable WebDataset tar of samples of one bucket: `<key>.mp4` (`.mkv` when lossless, `.png` for an
+image), `<key>.json` and a thumbnail for people, `<key>.jpg`.
 The index is the only mutable file; it is replaced by rename. Anything not in the index does not exist.
 """
 
