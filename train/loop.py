@@ -4,6 +4,7 @@ Each expert is trained by itself, one after the other; what a step does is told 
 """
 
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from shared.config import Config
 from train.data import DROPOUT, Slots, prefetch, random_of
 from train.model import Model, TextBank
 from train.objective import micro_loss
+from train.offload import BlockRunner, with_room
 from train.optim import clip, set_rate
 from train.phases import Phase
-from train.task import Task
+from train.task import Learner, Task
 
 
 def train(task: Task) -> None:
@@ -39,7 +41,8 @@ def train_phase(task: Task, phase: Phase) -> None:
         batch = next(batches)
         waited = time.perf_counter() - waiting
         rate = set_rate(learner.optimizer, config, task.done - phase.first, phase.steps)
-        loss = accumulate(learner.model, learner.bank, batch, config, task.done)
+        attempt = partial(accumulate, learner.model, learner.bank, batch, config, task.done)
+        loss = with_room(attempt, partial(make_room, task, learner))
         norm = clip(learner.trained.values(), config.max_grad_norm)
         numbers = torch.stack([loss, norm]).tolist()
         skipped = task.guard(numbers)
@@ -52,6 +55,16 @@ def train_phase(task: Task, phase: Phase) -> None:
         samples = sum(len(slots.captions) for slots in batch)
         log.step({"step": task.done, "expert": phase.expert, "lr": rate, **row}, samples, waited)
         task.after_step(learner, phase)
+
+
+def make_room(task: Task, learner: Learner) -> bool:
+    """When the device ran out of memory: forget these gradients and keep fewer blocks there; False: none can go."""
+    learner.optimizer.zero_grad()
+    runner = learner.model.options.run_block
+    if not isinstance(runner, BlockRunner) or not runner.stream_more():
+        return False
+    task.log.say("out of device memory: more blocks are streamed from RAM from now on, and the step is made again")
+    return True
 
 
 def accumulate(model: Model, bank: TextBank, batch: list[Slots], config: Config, step: int) -> Tensor:

@@ -6,6 +6,7 @@ from `dryrun.py`; what is added here is arithmetic over blocks.
 """
 
 import math
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -260,6 +261,27 @@ def ways_to_fit(config: Config, spec: ModelSpec, budget: int) -> list[str]:
             if len(said) > 1 and plan_memory(together, spec, largest_bucket(together, spec), budget).fits:
                 return [" ".join(said)]
     return found
+
+
+def measured_peaks(plan: MemoryPlan, device: torch.device) -> dict[str, Any]:
+    """What a run took, beside what was predicted, in bytes: for memory.json."""
+    measured = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        measured["allocated"] = torch.cuda.max_memory_allocated(device)
+        measured["reserved"] = torch.cuda.max_memory_reserved(device)
+    return {"predicted": {"device": plan.device, "device_need": plan.need, "ram": plan.host, "budget": plan.budget,
+                          "streamed": plan.placement.streamed, "recomputed": plan.placement.recomputed},
+            "measured": measured}  # fmt: skip
+
+
+def out_of_memory(plan: MemoryPlan, config: Config, spec: ModelSpec, device: torch.device) -> RunError:
+    """The error of a run that ran out of device memory: numbers, and the change to make."""
+    took = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    ways = ways_to_fit(config, spec, int(0.9 * (plan.budget or plan.need)))
+    return RunError(
+        f"out of device memory: {took / GIB:.1f} GiB allocated at most, {plan.need / GIB:.1f} GiB predicted; "
+        f'the newest checkpoint is kept, go on from it with SET="{ways[0] if ways else "batch_size=1"}"'
+    )
 
 
 def refuse_if_too_large(plan: MemoryPlan, config: Config, spec: ModelSpec) -> None:

@@ -67,6 +67,7 @@ def placed(transformer: Any, config: Config, device: torch.device, placement: Pl
     """Move a loaded expert to the device as the memory plan says; how to run it from there."""
     parked = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
     runner = place(transformer, placement, parked, device)
+    runner.may_stream_more = config.layer_offload_fraction == "AUTO" and config.training_method != "FINE_TUNE"
     return LeanOptions(temporal_attention=config.video_config.use_temporal_attention, run_block=runner)
 
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from train.lean import block_forward
 from train.memory import SLOTS, Placement
 from train.quantize import QuantizedLinear, Stored, dtype_name, replace_module
 
+Result = TypeVar("Result")
 ALIGNMENT = 256  # bytes; what vectorised kernels and dtype views ask of an address
 PARKED_CELLS = 1 << 20  # smaller inputs are not worth a copy
 
@@ -57,9 +58,9 @@ def place(transformer: Any, placement: Placement, parked: bool, device: torch.de
     hosts = {index: to_host(blocks[index], device) for index in streamed}
     transformer.to(device)
     kept = [index for index in range(len(blocks)) if index not in hosts]
-    again = frozenset([*streamed, *kept[: placement.recomputed - len(streamed)]])
-    return BlockRunner({id(block): index for index, block in enumerate(blocks)}, again,
-                       Ring(hosts, device) if hosts else None, Parking(device) if parked else None)  # fmt: skip
+    again = {*streamed, *kept[: placement.recomputed - len(streamed)]}
+    ring = Ring(hosts, device) if hosts else None
+    return BlockRunner(blocks, again, ring, Parking(device) if parked else None, device)
 
 
 def spread(count: int, blocks: int) -> list[int]:
@@ -136,6 +137,12 @@ class Ring:
         place_in_order = self.order.index(index) + (-1 if backward else 1)
         if 0 <= place_in_order < len(self.order) and (following := self.order[place_in_order]) not in self.held:
             self._copy(following, slot=1 - slot)
+
+    def release(self) -> None:
+        """Take the matrices out of the blocks, so that the buffers can be freed."""
+        for host in self.hosts.values():
+            for piece in host.pieces:
+                piece.module._buffers[piece.name] = torch.empty(0, dtype=piece.dtype)
 
     def _furthest(self, index: int) -> int:
         """The slot whose block is further from `index`: the other one may be what comes next."""
@@ -223,14 +230,19 @@ class ParkedInput:
     ready: torch.cuda.Event | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockRunner:
     """Runs the blocks of one DiT as placed; give it to lean.py as `run_block`."""
 
-    numbers: dict[int, int]  # id of a block -> its index
-    recomputed: frozenset[int]
+    blocks: nn.ModuleList
+    recomputed: set[int]
     ring: Ring | None
     parking: Parking | None
+    device: torch.device
+    may_stream_more: bool = False
+
+    def __post_init__(self) -> None:
+        self.numbers = {id(block): index for index, block in enumerate(self.blocks)}
 
     def __call__(self, block: Any, *arguments: Any) -> Tensor:
         """What `block_forward` returns."""
@@ -251,3 +263,31 @@ class BlockRunner:
             self.ring.load(index, backward)
         run: Callable[..., Tensor] = block_forward
         return run(block, *arguments)
+
+    def stream_more(self) -> bool:
+        """After the device ran out of memory: compute every block again, then stream a few more; False when all are."""
+        if self.parking is not None:
+            self.parking.waiting.clear()
+        streamed = set(self.ring.hosts) if self.ring is not None else set()
+        kept = [index for index in range(len(self.blocks)) if index not in streamed]
+        if not self.may_stream_more or not kept:
+            return False
+        self.recomputed = set(range(len(self.blocks)))
+        moved = kept[:: -(-len(kept) // max(SLOTS + 1, len(self.blocks) // 8))]
+        hosts = {index: to_host(self.blocks[index], self.device) for index in moved}
+        if self.ring is not None:
+            hosts |= self.ring.hosts
+            self.ring.release()
+        self.ring = Ring(hosts, self.device)
+        return True
+
+
+def with_room(attempt: Callable[[], Result], make_room: Callable[[], bool]) -> Result:
+    """The result of `attempt`; when the device runs out of memory and room can be made, of one more attempt."""
+    try:
+        return attempt()
+    except torch.OutOfMemoryError:
+        if not make_room():
+            raise
+    torch.cuda.empty_cache()  # what the failed attempt held is free once its exception is gone
+    return attempt()

@@ -9,6 +9,7 @@ import torch
 from shared.bucket import Bucket, round_frames, round_to_grid
 from shared.config import Config, OutputFormat
 from shared.errors import RunError
+from shared.files import write_json
 from shared.resolve import Resolved
 from train import checkpoint, export
 from train.adapter import copy_into
@@ -16,7 +17,7 @@ from train.data import Plan
 from train.explain import derived, plan_lines
 from train.log import RunLog
 from train.loop import train
-from train.memory import plan_for_device, refuse_if_too_large
+from train.memory import measured_peaks, out_of_memory, plan_for_device, refuse_if_too_large
 from train.method import make_trained
 from train.model import TextBank, load_model, pick_device, refuse_method_mismatch, refuse_mismatch
 from train.phases import make_phases
@@ -52,7 +53,8 @@ def start(run: Run, finished: bool) -> None:
     if finished and saved is not None and checkpoint.read_state(saved).step >= plan.total_steps():
         print(f"{run.folder} is finished; train on with a larger max_steps, or start anew with RESUME=no")
         return
-    refuse_if_too_large(plan_for_device(run.config, run.spec, pick_device()), run.config, run.spec)
+    memory = plan_for_device(run.config, run.spec, pick_device())
+    refuse_if_too_large(memory, run.config, run.spec)
     torch.use_deterministic_algorithms(run.config.deterministic)
     remarks = start_folder(run, data.fingerprint)
     done, skipped, more = restore(run, data)
@@ -61,7 +63,12 @@ def start(run: Run, finished: bool) -> None:
         for line in [f"run: {run.folder}", *facts, *remarks, *more]:
             log.say(line)
         log.text("config", run.config.model_dump_json(indent=1))
-        train(Task(run, data, plan, log, done, skipped))
+        try:
+            train(Task(run, data, plan, log, done, skipped))
+        except torch.OutOfMemoryError:
+            raise out_of_memory(memory, run.config, run.spec, pick_device()) from None
+        finally:
+            write_json(run.folder / "memory.json", measured_peaks(memory, pick_device()))
     print(f"done: {run.folder}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.lean import LeanOptions, Text, lean_forward
 from train.memory import Placement
-from train.offload import BlockRunner, Parking, place, spread
+from train.offload import BlockRunner, Parking, place, spread, with_room
 from train.quantize import QuantizedLinear, quantize_blocks
 
 BLOCKS = 5
@@ -28,7 +28,9 @@ class Result(NamedTuple):
     text_grad: Tensor | None
 
 
-def trained(dtype: str, placement: Placement, parked: bool = False, text: bool = False) -> tuple[Result, BlockRunner]:
+def trained(
+    dtype: str, placement: Placement, parked: bool = False, text: bool = False, more: bool = False
+) -> tuple[Result, BlockRunner]:
     """Two AdamW steps of two micro-batches each, LoRA or text rows trained, and a validation in between."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(**SIZES).requires_grad_(False)
@@ -47,6 +49,9 @@ def trained(dtype: str, placement: Placement, parked: bool = False, text: bool =
     optimizer = torch.optim.AdamW(learned, lr=1e-2)
     losses = []
     for number, latent in enumerate(latents.split(1)):
+        if more and number == 2:
+            runner.may_stream_more = True
+            assert runner.stream_more()
         loss = lean_forward(model, latent, torch.tensor([300.0]), Text(rows, None), options=options).square().mean()
         loss.backward()
         losses.append(loss.item())
@@ -130,6 +135,33 @@ def test_streamed_matrices_are_on_the_device_in_two_buffers_only() -> None:
     slots = {slot.untyped_storage().data_ptr() for slot in runner.ring.slots}
     assert {module.codes.untyped_storage().data_ptr() for module in resident} == slots
     assert all(torch.equal(host.bytes, before[index]) for index, host in runner.ring.hosts.items())
+
+
+@pytest.mark.parametrize("start", [Placement(0, 0), Placement(2, 5)], ids=str)
+def test_streaming_more_in_the_middle_of_a_run_changes_nothing(start: Placement) -> None:
+    reference = kept("FLOAT_8")
+    grown, runner = trained("FLOAT_8", start, more=True)
+    assert runner.ring is not None
+    assert len(runner.ring.hosts) > start.streamed
+    assert grown.losses == reference.losses
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grown.weights, reference.weights, strict=True))
+    while runner.stream_more():
+        pass
+    assert len(runner.ring.hosts) == BLOCKS
+
+
+def test_an_attempt_that_runs_out_of_memory_is_made_once_more_with_room() -> None:
+    room: list[int] = []
+
+    def attempt() -> int:
+        if len(room) < 1:
+            raise torch.OutOfMemoryError("no room")
+        return len(room)
+
+    assert with_room(attempt, lambda: not room.append(1)) == 1
+    room.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        with_room(attempt, lambda: False)
 
 
 def test_streamed_blocks_are_spread_evenly() -> None:

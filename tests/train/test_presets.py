@@ -8,6 +8,7 @@ import torch
 
 from shared.config import BUILT, BUILT_TRAIN, Config, leaf_keys
 from shared.errors import ConfigError
+from shared.files import read_json
 from shared.models import ModelSpec
 from shared.resolve import Choice, merge, preset_names, refuse_unbuilt, resolve, to_json
 from tests.train.make import events, make_run, trained
@@ -65,6 +66,9 @@ def test_every_preset_trains_or_is_refused_as_not_built(single: Made, tmp_path: 
     losses = [row["loss"] for row in events(run) if row["event"] == "step"]
     assert len(losses) == 2
     assert all(0 < loss < 100 for loss in losses)
+    peaks = read_json(run.folder / "memory.json")
+    assert peaks["predicted"]["device_need"] > 0
+    assert peaks["measured"]["process"] > sum(peaks["predicted"]["device"].values())
 
 
 @pytest.mark.parametrize("preset", ["8gb", "16gb"])
