@@ -1,9 +1,10 @@
 """Read rows of a store directly: one positioned read and one checksum per sample, from any number of threads.
 
 The files are plain zarr v3 shards (sharding_indexed, index at the end, bytes + crc32c); zarr-python is the reference in
-the tests. Cost: about 0.1 ms of CPU for a 640 KiB sample.
+the tests. Any number of threads. Cost: about 0.03 ms of CPU for a 640 KiB sample, its checksum.
 """
 
+import mmap
 import os
 import struct
 from collections.abc import Iterable
@@ -24,33 +25,32 @@ MISSING = 2**64 - 1  # offset of a chunk that was never written (zarr v3 shardin
 
 
 class ArrayFile:
-    """One sharded array file, opened once; `chunk(i)` reads inner chunk i. Safe to use from many threads."""
+    """One sharded array file, mapped once; `chunk(i)` is inner chunk i. Safe to use from many threads."""
 
     def __init__(self, path: Path, chunks: int) -> None:
         self.path = path
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.bytes = np.frombuffer(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"", np.uint8
+                )
         except FileNotFoundError:
             raise StoreError(
                 f"{path} is missing from the store; delete its marker in units/ and run make encode"
             ) from None
-        size, tail = os.fstat(self.descriptor).st_size, 16 * chunks + 4
-        index = os.pread(self.descriptor, tail, max(0, size - tail))
-        if len(index) != tail or google_crc32c.value(index) != CRC_RESIDUE:
+        tail = self.bytes[-(16 * chunks + 4) :]
+        if len(tail) != 16 * chunks + 4 or google_crc32c.value(tail) != CRC_RESIDUE:
             raise StoreError(f"{path} is truncated or damaged; run: python -m encode verify")
-        self.index = struct.unpack(f"<{2 * chunks}Q", index[:-4])
+        self.index = struct.unpack(f"<{2 * chunks}Q", tail[:-4].tobytes())
 
-    def chunk(self, number: int) -> bytes:
-        """Bytes of an inner chunk followed by its 4-byte checksum, verified."""
+    def chunk(self, number: int) -> NDArray[np.uint8]:
+        """Bytes of an inner chunk without its checksum, which has been verified; a read-only view of the file."""
         offset, size = self.index[2 * number], self.index[2 * number + 1]
-        data = b"" if offset == MISSING else os.pread(self.descriptor, size, offset)
+        data = self.bytes[:0] if offset == MISSING else self.bytes[offset : offset + size]
         if len(data) != size or google_crc32c.value(data) != CRC_RESIDUE:
             raise StoreError(f"{self.path}: chunk {number} fails its checksum; run: python -m encode verify")
-        return data
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        return data[:-4]
 
 
 def open_array(path: Path, chunks: int) -> ArrayFile:
@@ -105,8 +105,7 @@ class StoreReader:
         store, marker = self._find(getattr(self, kind), key, kind)
         shape = marker.shape
         file = self._file(store / kind / marker.id / "c" / "/".join("0" * len(shape)), shape[0])
-        count = int(np.prod(shape[1:]))
-        return np.frombuffer(file.chunk(marker.rows[key]), np.float16, count).reshape(shape[1:])
+        return file.chunk(marker.rows[key]).view(np.float16).reshape(shape[1:])
 
     def text(self, key: str) -> Text:
         """Embedding and token ids of a caption key."""
@@ -119,7 +118,7 @@ class StoreReader:
     def _rows(self, path: Path, marker: Marker, place: TextRow, dtype: "np.dtype[Any]", columns: int) -> NDArray[Any]:
         file = self._file(path, marker.shape[0] // TEXT_CHUNK)
         first, last = place.start // TEXT_CHUNK, (place.start + place.count - 1) // TEXT_CHUNK
-        chunks = [np.frombuffer(file.chunk(number), dtype, TEXT_CHUNK * columns) for number in range(first, last + 1)]
+        chunks = [file.chunk(number).view(dtype) for number in range(first, last + 1)]
         return np.concatenate(chunks).reshape(-1, columns)[: place.count]
 
     def _find(self, table: dict[str, tuple[Path, Marker]], key: str, what: str) -> tuple[Path, Marker]:
