@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from encode.__main__ import encode as run_encode
-from encode.budget import Effort, encode_within_memory
+from encode.budget import Effort, choose_effort, encode_within_memory
 from encode.pixels import read_samples
 from encode.plan import Part
 from encode.text import TextEncoder, token_ids
-from encode.worker import encode_batch
+from encode.worker import device, encode_batch
 from shared.models import TEXT_LENGTH
 from shared.resolve import Choice, resolve
 from shared.shards import Index, read_index, shard_folder
@@ -139,9 +139,11 @@ def stage_pairs() -> Iterator[Pair]:
         run_encode(work, work / "latents.zarr", Part(), resolved)
         return len(StoreReader([work / "latents.zarr"]).latents)
 
+    effort = choose_effort(vae, index.samples[0].bucket, device())
+
     def alone() -> int:
-        for clip in clips:
-            encode_batch(vae, [clip], "latents", Effort(1, None))
+        for first in range(0, len(clips), min(effort.batch, 8)):
+            encode_batch(vae, clips[first : first + min(effort.batch, 8)], "latents", effort)
         return len(read_index(work).samples)
 
     def equal(one: int, other: int) -> None:
@@ -205,9 +207,8 @@ def tar_of(path: Path, values: NDArray[np.float16]) -> None:
 def webdataset_corners(path: Path) -> list[float]:
     import webdataset
 
-    return [
-        float(sample["npy"][0, 0, 0, 0]) for sample in webdataset.WebDataset(str(path), shardshuffle=False).decode()
-    ]
+    passes = [webdataset.WebDataset(str(path), shardshuffle=False).decode() for _ in range(TIMES)]
+    return [float(sample["npy"][0, 0, 0, 0]) for samples in passes for sample in samples]
 
 
 ITEMS = {"encode-vae": vae_pairs, "encode-text": text_pairs, "encode-stage": stage_pairs, "read": read_pairs}
