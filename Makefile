@@ -18,7 +18,7 @@ config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag
 store_flags = --work "$$WORK" $(call flag,STORE,store)
 run_flag = $(call flag,RUN,run)
 
-.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export test soak check fmt bench clean
+.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export test soak check fmt bench bench-gpu clean
 
 help: ## this list
 	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
@@ -128,6 +128,9 @@ fmt: $(DEV) ## format the code
 
 bench: $(DEV) ## speed against baselines measured in the same run; a table and tests/bench/*.jsonl (ROWS=names)
 	@$(PY) -m tests.bench $(call flag,ROWS,rows)
+
+bench-gpu: $(DEV) ## presets at full size on a GPU, random weights, under their cards' memory (ROWS=16gb:t2v-a14b,...)
+	@$(PY) -m tests.bench.bench_gpu $(call flag,ROWS,rows)
 
 clean: ## remove caches and the demo's output; never your work/ or runs/
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache work/demo runs/demo *.egg-info

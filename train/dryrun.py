@@ -203,18 +203,21 @@ def measured(run: Callable[[], Tensor], existing: Any) -> tuple[int, int, tuple[
 def block_inputs(
     transformer: Any, spec: ModelSpec, config: Config, batch: tuple[Bucket, int]
 ) -> tuple[Tensor, Text, Modulation, Rope]:
-    """Hidden states and what all blocks share, of a micro-batch of plain video samples."""
+    """Hidden states and what all blocks share, of a micro-batch of video samples."""
     bucket, size = batch
     _, frames, height, width = spec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
     tokens = frames * (height // spec.patch_THW[1]) * (width // spec.patch_THW[2])
     dtype = TORCH_DTYPES[config.train_dtype]
     rows = Text(torch.empty(size, TEXT_ROWS, spec.dim, dtype=dtype), torch.empty(size, 1, 1, TEXT_ROWS, dtype=dtype))
     table = torch.empty(tokens, 1, spec.head_dim // 2, dtype=transformer.rope.freqs_cos.dtype)
+    first_frame = config.first_frame_conditioning_probability > 0  # its tokens have a timestep of their own
+    modulation = Modulation(torch.empty(size, 1 + first_frame, 6, spec.dim, dtype=dtype),
+                            torch.zeros(tokens, dtype=torch.long) if first_frame else None)  # fmt: skip
     span = tokens if config.video_config.use_temporal_attention else tokens // frames
     return (
         torch.empty(size, tokens, spec.dim, dtype=dtype),
         rows,
-        Modulation(torch.empty(size, 1, 6, spec.dim, dtype=dtype), None),
+        modulation,
         Rope(table, torch.empty_like(table), span),
     )
 

@@ -190,7 +190,7 @@ def _block_cost(spec: ModelSpec, config_text: str, bucket: Bucket, micro_batch: 
 
 
 COST_KEYS = ("training_method", "transformer", "train_dtype", "lora_rank", "lora_targets", "peft_type", "batch_size",
-             "video_config", "embedding")  # fmt: skip
+             "video_config", "embedding", "first_frame_conditioning_probability")  # fmt: skip
 
 
 def _relevant(config: Config) -> str:

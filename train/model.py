@@ -53,9 +53,7 @@ def pick_device() -> torch.device:
 
 def load_model(spec: ModelSpec, expert: str, config: Config, device: torch.device) -> Model:
     """Load an expert's frozen weights in their storage dtype, ready for an adapter; FINE_TUNE gets plain ones."""
-    placement = plan_for_device(
-        config, spec, device
-    ).placement  # from the memory that is free before the model is there
+    placement = plan_for_device(config, spec, device).placement  # while the memory is still free
     if config.training_method == "FINE_TUNE":
         return load_trainable(spec, expert, config, device, placement)
     transformer = load_quantized(spec, expert, config.transformer.weight_dtype, config.train_dtype)

@@ -146,6 +146,12 @@ def test_presets_fit_their_card_and_ram(preset: str, model: str) -> None:
     assert plan.ram <= RAM_LIMITS[preset] * GIB
 
 
+@pytest.mark.parametrize("card", [16, 24])
+def test_81_frames_at_512_of_an_a14b_expert_are_predicted_to_fit(card: int) -> None:
+    cfg = resolve(Choice("16gb", None, "t2v-a14b", "frames=81 resolution=512x512 batch_size=1")).config
+    assert plan_memory(cfg, SPECS["t2v-a14b"], Bucket(81, 512, 512), card * GIB).fits
+
+
 def test_a_run_that_does_not_fit_is_refused_with_changes_that_do() -> None:
     spec = SPECS["t2v-a14b"]
     cfg = resolve(Choice("16gb", None, "t2v-a14b", "layer_offload_fraction=0")).config
