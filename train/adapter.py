@@ -31,6 +31,7 @@ def add_adapter(transformer: Any, config: Config, seed: int) -> dict[str, nn.Par
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, transformer, ADAPTER)
+    transformer.eval()  # dropout is switched on by those who want it
     trained = adapter_parameters(transformer)
     for parameter in trained.values():
         parameter.data = parameter.data.float()

@@ -45,7 +45,6 @@ ORIGINAL_NAMES = (
     ("norm2", "norm3"),  # the one with weights
     ("scale_shift_table", "modulation"),
 )
-MAGNITUDE = ".lora_magnitude_vector.weight"  # peft's name for DoRA's column norms
 
 
 def original_name(name: str) -> str:
@@ -61,18 +60,22 @@ def original_name(name: str) -> str:
 def comfy_lora(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Keys of COMFY_LORA for every kind of adapter; the update is scaled by alpha / rank, so alpha is written too.
 
-    LoHa and LoKr tensors have the names that LyCORIS gave them; DoRA's magnitudes are `dora_scale`, one column.
+    LoHa and LoKr tensors have the names that LyCORIS gave them; DoRA's magnitudes are `dora_scale`, one column. LoKr's
+    scale is multiplied into its second factor, because ComfyUI leaves alpha out when both factors are whole matrices.
     """
     named: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if name.endswith(MAGNITUDE):
-            named[f"diffusion_model.{original_name(name.removesuffix(MAGNITUDE))}.dora_scale"] = value[:, None]
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        theirs = f"diffusion_model.{original_name(module)}"
+        if part == "lora_magnitude_vector":
+            named[f"{theirs}.dora_scale"] = value[:, None]
+        elif part in ("lokr_w2", "lokr_w2_a"):
+            named[f"{theirs}.{part}"] = value * (config.lora_alpha / config.lora_rank)
         else:
-            named[f"diffusion_model.{original_name(name)}"] = value
-    modules = {
-        name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in named if not name.endswith("dora_scale")
-    }
-    return named | {f"{module}.alpha": torch.tensor(float(config.lora_alpha)) for module in modules}
+            named[f"{theirs}.{part}{'.weight' if part.startswith('lora_') else ''}"] = value
+        alpha = config.lora_rank if config.peft_type == "LOKR" else config.lora_alpha
+        named[f"{theirs}.alpha"] = torch.tensor(float(alpha))
+    return named
 
 
 def diffusers_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,7 +138,6 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
         facts |= {"placeholder": concept.placeholder, "initial_text": concept.initial_text, "kind": concept.kind}
     if config.training_method == "LORA":
         facts |= {
-            "lora_adapter_metadata": peft_metadata(config),
             "ss_network_dim": str(config.lora_rank),
             "ss_network_alpha": str(config.lora_alpha),
             "ss_network_module": "networks.lora",
@@ -183,6 +185,8 @@ def write_result(
 ) -> Path:
     """Write what was trained of (run, expert) in a format; returns the file, or the folder of DIFFUSERS."""
     run, expert, form = what
+    if form == "DIFFUSERS_LORA":  # beside alpha keys it would scale twice
+        metadata = metadata | {"lora_adapter_metadata": peft_metadata(run.config)}
     plain = formatted(tensors, run.config, run.spec, form)
     if form != "DIFFUSERS":
         path = folder / (f"{stem}.safetensors" if expert == "single" else f"{stem}_{expert}.safetensors")

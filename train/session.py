@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from shared.bucket import Bucket, round_frames, round_to_grid
 from shared.config import Config, OutputFormat
@@ -81,23 +82,28 @@ def latest_of(run: Run) -> Path:
 
 
 def sample_run(folder: Path, wish: dict[str, Any], weights: Weights, out: Path | None) -> Path:
-    """Sample prompts with every expert in turn and decode; returns the folder of the videos."""
+    """Sample prompts and decode; returns the folder of the videos."""
     run = open_run(folder)
     scene = wished_scene(run, wish)
+    latents = sample_latents(run, scene, weights)
+    target, number = out or run.folder / "samples", 1
+    while (path := target / f"{weights if weights == 'base' else 'sample'}-{number}.safetensors").exists():
+        number += 1
+    write_latents(path, latents, scene.prompts, run.spec, run.config)
+    if start_decode(path, run).wait() != 0:
+        raise RunError(f"{path} could not be decoded, see {path.with_suffix('.log')}; the latents are kept")
+    return path.with_suffix("")
+
+
+def sample_latents(run: Run, scene: Scene, weights: Weights) -> Tensor:
+    """Latents of every prompt, from every expert in turn."""
     reader = ensure_texts(scene.texts, run)
     state, cond = first_noise(scene, run.spec), scene_conditions(scene, run)
     for expert in run.spec.experts:
         model = load_model(run.spec, expert, run.config, pick_device())
         bank = trained_bank(run, expert, weights, TextBank(model, reader), scene.texts)
         state, _ = sample_range(bank, run.spec, scene, expert, Start(state, cond))
-    target = out or run.folder / "samples"
-    number = 1
-    while (path := target / f"{weights if weights == 'base' else 'sample'}-{number}.safetensors").exists():
-        number += 1
-    write_latents(path, state, scene.prompts, run.spec, run.config)
-    if start_decode(path, run).wait() != 0:
-        raise RunError(f"{path} could not be decoded, see {path.with_suffix('.log')}; the latents are kept")
-    return path.with_suffix("")
+    return state
 
 
 def trained_bank(run: Run, expert: str, weights: Weights, plain: TextBank, texts: list[str]) -> TextBank:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ TEXT_RECIPE = {"encode_version": 1, "text_encoder": "some weights", "tokenizer":
 SIZE = (9, 32, 32)
 
 
-def make_model(folder: Path, pair: bool = False, **changes: Any) -> Path:
+def make_model(folder: Path, pair: bool = False, first_frame: bool = False, **changes: Any) -> Path:
     """Random weights, large enough that the text and the timestep matter; the pair differs."""
     for number, part in enumerate(("transformer", "transformer_2") if pair else ("transformer",)):
         torch.manual_seed(number)
@@ -38,7 +39,7 @@ def make_model(folder: Path, pair: bool = False, **changes: Any) -> Path:
         dit.save_pretrained(folder / part)
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text("{}")
-    index = {"expand_timesteps": False, "boundary_ratio": 0.875 if pair else None}
+    index = {"expand_timesteps": first_frame, "boundary_ratio": 0.875 if pair else None}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
@@ -66,10 +67,13 @@ def make_store(path: Path, spec: ModelSpec, samples: list[ListedSample], texts: 
         shape = spec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
         rows = np.stack([smooth(rng, shape) for _ in keys])
         write_latents(UnitDraft(path, "latents", {"bucket": str(bucket)}, RECIPE), keys, rows, spec.vae.fingerprint)
+        if spec.image_condition == "concat":
+            draft = UnitDraft(path, "cond", {"bucket": str(bucket)}, RECIPE)
+            write_latents(draft, keys, rows[:, :, ::-1] * 0.5, spec.vae.fingerprint)
     captions = ["", *(caption(number) for number in range(len(samples))), *texts]
     named = {caption_key(text): text for text in captions}
     rows = [rng.standard_normal((1 + len(text.split()), spec.text_dim)).astype(np.float32) for text in named.values()]
-    ids = [list(range(len(row))) for row in rows]
+    ids = [[2 + crc32(word.encode()) % 1000 for word in text.split()] + [1] for text in named.values()]
     write_texts(UnitDraft(path, "text", {"captions": list(named)}, TEXT_RECIPE), named, rows, ids)
     recipes: Any = {"latents": recipe_key(RECIPE), "text": recipe_key(TEXT_RECIPE)}
     write_dataset(path, DatasetList(id="made", samples=tuple(samples), texts=named, recipes=recipes))

@@ -1,0 +1,159 @@
+"""What is exported gives elsewhere what it gave in training: every format, loaded by stock diffusers or by its rule."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from shared.config import Config
+from shared.models import SPECS, ModelSpec
+from tests.train.make import config, make_run
+from train.adapter import add_adapter
+from train.export import block_linears, describe, formatted, original_name, write_result
+from train.lean import collate_text, project_text
+from train.model import Model, load_model, predict
+from train.run import Run
+
+Made = tuple[Path, ModelSpec, Path]
+CPU = torch.device("cpu")
+LATENT, TIME = torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([700.0, 300.0])
+
+
+def trained_model(made: Made, settings: Config) -> tuple[Model, dict[str, torch.Tensor]]:
+    """A model whose adapter was moved away from its start."""
+    model = load_model(made[1], "single", settings, CPU)
+    tensors = add_adapter(model.transformer, settings, 0)
+    torch.manual_seed(3)
+    for value in tensors.values():
+        value.data += 0.2 * torch.randn_like(value)
+    return model, {name: value.detach() for name, value in tensors.items()}
+
+
+def ours(model: Model) -> torch.Tensor:
+    text = torch.randn(7, 16, generator=torch.Generator().manual_seed(2))
+    rows = project_text(model.transformer, text)
+    with torch.no_grad():
+        return predict(model, LATENT, TIME[:, None], collate_text([rows, rows]))
+
+
+def stock(transformer: Any) -> torch.Tensor:
+    text = torch.zeros(2, 512, 16)
+    text[:, :7] = torch.randn(7, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return transformer(LATENT, TIME, text).sample
+
+
+def pipeline(folder: Path) -> WanPipeline:
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    return WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(),
+                       transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "targets", [r".*\.(to_q|to_v)", r".*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"]
+)
+@pytest.mark.parametrize("form", ["COMFY_LORA", "DIFFUSERS_LORA", "KOHYA_LORA"])
+def test_stock_diffusers_gives_our_output(single: Made, tmp_path: Path, form: Any, targets: str) -> None:
+    settings = config(single[0], lora_alpha=6.0, lora_targets=targets, output_model_format=form)
+    model, tensors = trained_model(single, settings)
+    run = make_run(tmp_path / "run", settings, single[2])
+    path = write_result(
+        tmp_path, "a", (run, "single", form), tensors, describe(settings, run.spec, "single", 5, "data")
+    )
+    pipe = pipeline(single[0])
+    before = stock(pipe.transformer)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    torch.testing.assert_close(stock(pipe.transformer), ours(model), rtol=1e-5, atol=1e-5)
+    assert (before - ours(model)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "DORA", "LOHA", "LOKR"])
+def test_the_comfy_rule_of_each_kind_gives_our_weights(single: Made, peft_type: Any) -> None:
+    """ComfyUI's rules: alpha / rank times B A, dora_scale over the column norms, Hadamard and Kronecker products."""
+    settings = config(single[0], lora_alpha=6.0, peft_type=peft_type)
+    model, tensors = trained_model(single, settings)
+    file = formatted(tensors, settings, single[1], "COMFY_LORA")
+    assert all(key.startswith("diffusion_model.blocks.") for key in file)
+    for name, module in model.transformer.named_modules():
+        if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
+            base = module.get_base_layer().weight.clone()
+            wanted = comfy_weight(base, f"diffusion_model.{original_name(name)}.", file, settings)
+            module.merge()
+            torch.testing.assert_close(module.get_base_layer().weight, wanted, rtol=1e-4, atol=1e-5)
+
+
+def comfy_weight(base: torch.Tensor, name: str, file: dict[str, torch.Tensor], settings: Config) -> torch.Tensor:
+    part = {key.removeprefix(name): value for key, value in file.items() if key.startswith(name)}
+    scale = float(part["alpha"]) / settings.lora_rank
+    if "hada_w1_a" in part:
+        return base + scale * (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
+    if "lokr_w1" in part or "lokr_w1_a" in part:
+        first, second = (part[f"lokr_{w}"] if f"lokr_{w}" in part else part[f"lokr_{w}_a"] @ part[f"lokr_{w}_b"]
+                         for w in ("w1", "w2"))  # fmt: skip
+        full = "lokr_w1" in part and "lokr_w2" in part
+        return base + (1.0 if full else scale) * torch.kron(first, second)
+    delta = scale * part["lora_B.weight"] @ part["lora_A.weight"]
+    if "dora_scale" not in part:
+        return base + delta
+    moved = base + delta
+    return moved * part["dora_scale"] / moved.norm(dim=1, keepdim=True)
+
+
+def test_original_names_are_complete_for_the_real_models() -> None:
+    """Every tensor of A14B, I2V-A14B and TI2V-5B gets the name that Wan's own code has, none twice."""
+    with torch.device("meta"):
+        for name in ("t2v-a14b", "i2v-a14b", "ti2v-5b"):
+            spec = SPECS[name]
+            channels = {"in_channels": spec.in_channels, "out_channels": spec.vae.channels, "text_dim": 4096}
+            sizes = {"ffn_dim": spec.ffn_dim, "num_layers": spec.num_layers, "freq_dim": 256}
+            dit = WanTransformer3DModel(num_attention_heads=spec.heads, attention_head_dim=128, **channels, **sizes)
+            names = [original_name(key) for key in dit.state_dict()]
+            linears = {module: (part.out_features, part.in_features) for module, part in dit.named_modules()
+                       if isinstance(part, torch.nn.Linear)}  # fmt: skip
+            assert len(set(names)) == len(names)
+            assert not [
+                each for each in names if any(word in each for word in ("attn1", "attn2", "to_", "net.", "table"))
+            ]
+            theirs = """head.head.weight head.modulation blocks.0.modulation blocks.0.norm3.weight
+                time_projection.1.bias
+                text_embedding.2.weight patch_embedding.weight blocks.0.self_attn.norm_q.weight
+                blocks.0.cross_attn.o.bias blocks.0.ffn.2.weight"""
+            assert set(theirs.split()) <= set(names)
+            for module, shape in block_linears(spec).items():
+                assert linears[f"blocks.0.{module}"] == shape
+
+
+def test_a_fine_tune_is_a_diffusers_folder_or_one_file_with_original_names(single: Made, tmp_path: Path) -> None:
+    settings = config(single[0], training_method="FINE_TUNE", output_model_format="DIFFUSERS", output_dtype="FLOAT_32")
+    model = load_model(single[1], "single", settings, CPU)
+    tensors = {name: part.detach() + 0.1 for name, part in model.transformer.named_parameters()}
+    model.transformer.load_state_dict(tensors)
+    run: Run = make_run(tmp_path / "run", settings, single[2])
+    folder = write_result(tmp_path, "a", (run, "single", "DIFFUSERS"), tensors, {"format": "pt"})
+    opened = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    torch.testing.assert_close(stock(opened), ours(model), rtol=1e-4, atol=1e-4)
+    path = write_result(tmp_path, "b", (run, "single", "SAFETENSORS"), tensors, {"format": "pt"})
+    single_file = WanTransformer3DModel.from_single_file(str(path), config=str(single[0]), subfolder="transformer")
+    assert all(torch.equal(value, tensors[name]) for name, value in single_file.state_dict().items())
+
+
+def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
+    settings = config(single[0], lora_alpha=2.0)
+    _, tensors = trained_model(single, settings)
+    run = make_run(tmp_path / "run", settings, single[2])
+    facts = describe(settings, run.spec, "single", 123, "a store")
+    path = write_result(tmp_path, "a", (run, "single", "COMFY_LORA"), tensors, facts)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["steps"] == metadata["ss_steps"] == "123" and metadata["store_fingerprint"] == "a store"
+    assert len(metadata["base_model_hash"]) == 32 and metadata["ss_network_alpha"] == "2.0"
+    assert Config.model_validate(json.loads(metadata["config"])) == settings
+    weights = {name: value for name, value in load_file(path).items() if name.endswith("weight")}
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
+    half = formatted(tensors, settings.model_copy(update={"output_dtype": "FLOAT_16"}), run.spec, "COMFY_LORA")
+    assert {str(value.dtype) for name, value in half.items() if name.endswith("weight")} == {"torch.float16"}
