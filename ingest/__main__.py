@@ -121,7 +121,8 @@ def restore(order: Order) -> Ledger:
     sweep_partials(staging)
     sweep_partials(shard_folder(order.work))
     ledger = Ledger() if order.rehash else read_ledger(order.work)
-    save_ledger(order.work, ledger)
+    if any(staging.glob("*.json")):
+        save_ledger(order.work, ledger)
     return ledger
 
 

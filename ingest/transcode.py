@@ -1,4 +1,4 @@
-"""Samples -> files: one ffmpeg process of one thread per clip, or Pillow for a still picture.
+"""Samples -> files: one ffmpeg process of one thread for a clip's neighbouring windows, or Pillow for a still picture.
 
 Input: a source, its facts and samples of one clip. Output: `<key>.mp4|mkv|png` and the clip's outcome in the staging
 folder. Cost: decoding from the keyframe before the clip to its end once, and one scale and one encode per sample.
@@ -20,6 +20,7 @@ from ingest.runner import Runner, Stopped, compiled, source_input
 from shared.files import PART, sync, write_json
 
 THUMBNAIL_WIDTH = 160  # pixels of the longer side
+WORTH_A_SEEK = 0.5  # seconds of video that cost about as much to decode as starting a process
 BASE_LIMIT = 120.0  # seconds a clip may always take
 PIXEL_RATE = 1.5e6  # pixels per second that the slowest machine is expected to work through
 
@@ -98,7 +99,8 @@ def video(job: Job, folder: Path, runner: Runner) -> dict[str, Measures]:
     """Run ffmpeg for a job and measure what it made; raises Unusable when frames are missing."""
     import numpy as np
 
-    runner.run(arguments(job), folder, job.limit)
+    for samples in runs(job):
+        runner.run(arguments(replace(job, samples=samples)), folder, job.limit)
     measures = {}
     for sample in job.samples:
         width, height = grey_size(sample.scaled)
@@ -123,6 +125,20 @@ def read_bars(job: Job, folder: Path) -> Box | None:
         greys.append(np.fromfile(folder / f"{sample.key}.gray", dtype=np.uint8).reshape(-1, height, width))
     logs = [(folder / f"{sample.key}.bars").read_text() for sample in windows.values()]
     return bars_of(logs, greys, (job.facts.width, job.facts.height))
+
+
+def runs(job: Job) -> list[tuple[Sample, ...]]:
+    """Samples in groups that one process decodes: where seeking over a gap saves decoding, a new one begins."""
+    groups: list[list[Sample]] = []
+    end = 0.0
+    for sample in sorted(job.samples, key=lambda sample: sample.window.start):
+        start = sample.window.start
+        keyframe = max((time for time in job.facts.keyframes if time <= start), default=0.0)
+        if not groups or keyframe > end + WORTH_A_SEEK:
+            groups.append([])
+        groups[-1].append(sample)
+        end = max(end, start + sample.window.duration)
+    return [tuple(group) for group in groups]
 
 
 def arguments(job: Job) -> list[str]:
