@@ -65,13 +65,18 @@ def train(
     work: Path, store: str | None, folder: Path | None, choice: Choice, resume: Literal["yes", "no"] | None
 ) -> None:
     """Choose the run, open its data, train what is left."""
+    from train.group import join, leave
     from train.run import choose_run, is_finished, is_run
-
-    run = choose_run(choice, work, store, folder, resume)
     from train.session import start
 
-    finished = is_run(run.folder) and is_finished(run.folder)
-    start(run, finished)
+    group = join()
+    try:
+        folder = group.agree(lambda: choose_run(choice, work, store, folder, resume).folder)
+        run = choose_run(choice, work, store, folder, None)
+        finished = is_run(run.folder) and is_finished(run.folder)
+        start(run, finished, group)
+    finally:
+        leave(group)
 
 
 @main.command()

@@ -24,7 +24,9 @@ from shared.store import ListedSample
 from shared.store_read import StoreReader
 from train.condition import Frames
 from train.flow import SigmaLaw, sigma_at
+from train.group import Group
 
+ALONE = Group()
 EMPTY_CAPTION = caption_key("")
 # domains of randomness: one number each, so that no two draws share a seed
 EPOCH, PRIOR, SLOT, STRATA, VALIDATION, PREVIEW, WEIGHTS, DROPOUT, FRAMES = range(9)
@@ -158,8 +160,10 @@ def slot_uniforms(config: Config, step: int, count: int) -> list[np.random.Gener
     return [random_of(config.seed, SLOT, step, slot) for slot in range(count)]
 
 
-def load_step(reader: StoreReader, config: Config, law: SigmaLaw, step: int, draws: list[Draw]) -> list[Slots]:
-    """Read and draw everything one step needs, cut into micro-batches."""
+def load_step(
+    reader: StoreReader, config: Config, law: SigmaLaw, step: int, draws: list[Draw], group: Group = ALONE
+) -> list[Slots]:
+    """Read and draw everything one step needs of this process's slots, cut into micro-batches."""
     rngs = slot_uniforms(config, step, len(draws))
     uniform_nk = np.stack([rng.random(4) for rng in rngs])  # sigma, caption dropout, choice of caption, first frame
     if config.timestep_stratified:
@@ -167,7 +171,7 @@ def load_step(reader: StoreReader, config: Config, law: SigmaLaw, step: int, dra
         uniform_nk[:, 0] = (order + uniform_nk[:, 0]) / len(draws)
     sigma_n = sigma_at(law, torch.from_numpy(uniform_nk[:, 0].copy()))
     size = micro_batch_size(config, draws[0].sample.bucket)
-    places = iter(range(len(draws)))
+    places = iter(range(group.rank, len(draws), group.world))
     parts = []
     while part := list(islice(places, size)):
         latents = [reader.latent(draws[slot].key) for slot in part]
@@ -217,14 +221,16 @@ def loss_weight(sample: ListedSample, config: Config) -> float:
     return config.prior.weight if sample.prior else sample.weight
 
 
-def prefetch(reader: StoreReader, plan: Plan, law: SigmaLaw, first: int, stop: int) -> Iterator[list[Slots]]:
-    """Micro-batches of steps first..stop-1 in order, read ahead by `dataloader_threads` threads."""
+def prefetch(
+    reader: StoreReader, plan: Plan, law: SigmaLaw, span: tuple[int, int], group: Group = ALONE
+) -> Iterator[list[Slots]]:
+    """Micro-batches of steps first..stop-1 (`span`) in order, read ahead by `dataloader_threads` threads."""
     config = plan.config
     with ThreadPoolExecutor(config.dataloader_threads, "reader") as pool:
         waiting: deque[Future[list[Slots]]] = deque()
         try:
-            for step in range(first, stop):
-                waiting.append(pool.submit(load_step, reader, config, law, step, plan.batch(step)))
+            for step in range(*span):
+                waiting.append(pool.submit(load_step, reader, config, law, step, plan.batch(step), group))
                 if len(waiting) > 2 * config.dataloader_threads:
                     yield waiting.popleft().result()
             while waiting:

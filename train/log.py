@@ -124,6 +124,34 @@ class RunLog:
         return os.fstat(self.events.fileno()).st_size
 
 
+class NoLog(RunLog):
+    """Says and writes nothing: the log of all processes but the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def row(self, row: dict[str, Any], timing: dict[str, float] | None = None) -> None:
+        """Nothing."""
+
+    def text(self, tag: str, text: str) -> None:
+        """Nothing."""
+
+    def step(self, row: dict[str, Any], samples: int, waited: float) -> None:
+        """Nothing."""
+
+    def resume_clock(self) -> None:
+        """Nothing."""
+
+
 def peak_memory() -> float:
     """GiB: of the GPU's allocator when there is one, else of this process."""
     if torch.cuda.is_available():

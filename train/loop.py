@@ -34,7 +34,7 @@ def train_phase(task: Task, phase: Phase) -> None:
     learner = task.load(phase)
     if task.done == phase.first:
         task.look(learner, phase, task.done)  # validation and preview of what there was before
-    batches = prefetch(task.data.reader, task.plan, phase.law, task.done, phase.stop)
+    batches = prefetch(task.data.reader, task.plan, phase.law, (task.done, phase.stop), task.group)
     log.resume_clock()
     while task.done < phase.stop:
         waiting = time.perf_counter()
@@ -43,8 +43,9 @@ def train_phase(task: Task, phase: Phase) -> None:
         rate = set_rate(learner.optimizer, config, task.done - phase.first, phase.steps)
         attempt = partial(accumulate, learner.model, learner.bank, batch, config, task.done)
         loss = with_room(attempt, partial(make_room, task, learner))
+        task.group.sum_gradients(learner.trained.values())
         norm = clip(learner.trained.values(), config.max_grad_norm)
-        numbers = torch.stack([loss, norm]).tolist()
+        numbers = torch.stack([task.agree(loss), norm]).tolist()
         skipped = task.guard(numbers)
         if not skipped:
             learner.optimizer.step()
@@ -76,4 +77,4 @@ def accumulate(model: Model, bank: TextBank, batch: list[Slots], config: Config,
         loss = micro_loss(model, bank, slots, config)
         torch.autograd.backward(loss)
         losses.append(loss.detach())
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=model.device)

@@ -2,10 +2,12 @@
 
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from train.group import Group
 from train.log import RunLog
 from train.model import TextBank, load_model, pick_device
 from train.phases import Phase
@@ -28,9 +30,10 @@ DECODE_SECONDS = 1800.0  # how long the end of a run waits for a decoder
 class Previews:
     """All previews of one run; without sample_prompts it does nothing."""
 
-    def __init__(self, run: Run, log: RunLog) -> None:
+    def __init__(self, run: Run, log: RunLog, group: Group) -> None:
         self.run, self.log = run, log
-        self.scene = scene_of(run.config, run.spec)
+        scene = scene_of(run.config, run.spec)
+        self.scene = scene if group.first else replace(scene, prompts=())
         self.waiting: list[Path] = []  # to be decoded
         self.decoding = Path()
         self.child: subprocess.Popen[bytes] | None = None

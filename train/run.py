@@ -14,6 +14,7 @@ from shared.errors import RunError
 from shared.files import read_json, write_json
 from shared.models import ModelSpec
 from shared.resolve import Choice, Resolved, preset_path, refuse_unbuilt, resolve, to_json, value_at
+from shared.store_share import local_store
 
 RUNS = Path("runs")
 # settings that decide what the saved tensors are, or which random numbers are drawn: a change needs a new run
@@ -51,8 +52,9 @@ class Run:
 
 
 def store_paths(store: str | None, work: Path) -> tuple[Path, ...]:
-    """'a.zarr,b.zarr' -> paths; the work folder's own store when none is named."""
-    return tuple(Path(part.strip()) for part in store.split(",") if part.strip()) if store else (work / "latents.zarr",)
+    """'a.zarr,https://...' -> paths, of a local copy for a URL; the work folder's own store when none is named."""
+    parts = [part.strip() for part in store.split(",")] if store else []
+    return tuple(local_store(part) for part in parts if part) or (work / "latents.zarr",)
 
 
 def store_name(stores: Sequence[Path]) -> str:

@@ -14,9 +14,10 @@ from shared.files import write_json
 from shared.resolve import Resolved
 from train import checkpoint, export
 from train.adapter import copy_into
-from train.data import Plan
+from train.data import ALONE, Plan
 from train.explain import derived, plan_lines
-from train.log import RunLog
+from train.group import Group
+from train.log import NoLog, RunLog
 from train.loop import train
 from train.memory import measured_peaks, out_of_memory, plan_for_device, refuse_if_too_large
 from train.method import make_trained
@@ -40,16 +41,16 @@ from train.task import Task, restore
 Weights = Literal["weights", "average", "base"]
 
 
-def open_data(resolved: Resolved, stores: tuple[Path, ...], work: Path) -> tuple[Dataset, Plan]:
+def open_data(resolved: Resolved, stores: tuple[Path, ...], work: Path, group: Group = ALONE) -> tuple[Dataset, Plan]:
     """Check settings against model and stores; the samples and their order."""
     refuse_mismatch(resolved.config, resolved.spec)
     data = open_dataset(list(stores), work, resolved.config, resolved.spec)
-    return data, Plan(data.train, resolved.config, resolved.config.batch_size)
+    return data, Plan(data.train, resolved.config, resolved.config.batch_size * group.world)
 
 
-def start(run: Run, finished: bool) -> None:
+def start(run: Run, finished: bool, group: Group = ALONE) -> None:
     """Train a run to its end, from its newest checkpoint."""
-    data, plan = open_data(run.resolved, run.stores, run.work)
+    data, plan = open_data(run.resolved, run.stores, run.work, group)
     saved = checkpoint.latest(run.folder)
     if finished and saved is not None and checkpoint.read_state(saved).step >= plan.total_steps():
         print(f"{run.folder} is finished; train on with a larger max_steps, or start anew with RESUME=no")
@@ -57,20 +58,22 @@ def start(run: Run, finished: bool) -> None:
     memory = plan_for_device(run.config, run.spec, pick_device())
     refuse_if_too_large(memory, run.config, run.spec)
     torch.use_deterministic_algorithms(run.config.deterministic)
-    remarks = start_folder(run, data.fingerprint)
-    done, skipped, more = restore(run, data)
-    with RunLog(run.folder, done, plan.total_steps()) as log:
-        facts = derived(run.resolved) + plan_lines(run.resolved, data, plan)
+    remarks = group.agree(lambda: start_folder(run, data.fingerprint))
+    done, skipped, more = restore(run, data, group)
+    with RunLog(run.folder, done, plan.total_steps()) if group.first else NoLog() as log:
+        facts = [*derived(run.resolved), f"processes: {group.world}", *plan_lines(run.resolved, data, plan)]
         for line in [f"run: {run.folder}", *facts, *remarks, *more]:
             log.say(line)
         log.text("config", run.config.model_dump_json(indent=1))
         try:
-            train(Task(run, data, plan, log, done, skipped))
+            train(Task(run, data, plan, log, done, skipped, group=group))
         except torch.OutOfMemoryError:
             raise out_of_memory(memory, run.config, run.spec, pick_device()) from None
         finally:
-            write_json(run.folder / "memory.json", measured_peaks(memory, pick_device()))
-    print(f"done: {run.folder}")
+            if group.first:
+                write_json(run.folder / "memory.json", measured_peaks(memory, pick_device()))
+    if group.first:
+        print(f"done: {run.folder}")
 
 
 def latest_of(run: Run) -> Path:

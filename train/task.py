@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import torch
 from torch import Tensor, nn
 
 from shared.errors import RunError
 from train import checkpoint, export
 from train.adapter import copy_into
 from train.checkpoint import State
-from train.data import WEIGHTS, Plan, random_of
+from train.data import ALONE, WEIGHTS, Plan, random_of
+from train.group import Group
 from train.log import RunLog, cut_events
 from train.method import make_trained
 from train.model import Model, TextBank, load_model, pick_device
@@ -62,12 +64,13 @@ class Task:
     done: int = 0  # optimizer updates, of all experts
     skipped: int = 0  # in a row
     stopping: int = 0  # the signal that asked to stop
+    group: Group = ALONE
     phases: list[Phase] = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.run.config
         self.phases = make_phases(config, self.run.spec, self.plan.total_steps())
-        self.previews = Previews(self.run, self.log)
+        self.previews = Previews(self.run, self.log, self.group)
         minutes = config.backup_after is None
         self.backup = Due(
             BACKUP_MINUTES if minutes else config.backup_after,
@@ -87,6 +90,14 @@ class Task:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def agree(self, loss: Tensor) -> Tensor:
+        """The loss of the global batch; and if one process was asked to stop, all stop."""
+        if self.group.world == 1:
+            return loss
+        total, stopping = self.group.total(torch.stack([loss.float(), loss.new_tensor(float(self.stopping))])).unbind()
+        self.stopping = self.stopping or int(stopping)
+        return total
 
     def ask_to_stop(self, number: int, _: FrameType | None) -> None:
         """First signal: stop after this step, with a checkpoint. The second one ends the process at once."""
@@ -113,6 +124,8 @@ class Task:
 
     def look(self, learner: Learner, phase: Phase, step: int) -> None:
         """Validation and preview."""
+        if not self.group.first:
+            return
         self.validate(learner, phase, step)
         self.previews.take(learner.bank, phase, step)
 
@@ -141,6 +154,9 @@ class Task:
     def after_step(self, learner: Learner, phase: Phase) -> None:
         """Everything that is due now; the checkpoint comes last, so that it covers the rest."""
         end = self.done == phase.stop
+        if not self.group.first:
+            self.stop_if_asked()
+            return
         if end or self.check.after(self.done):
             self.validate(learner, phase, self.done)
         if end or self.sample.after(self.done):
@@ -149,9 +165,13 @@ class Task:
             self.export(learner, phase, end)
         if end or self.stopping or self.backup.after(self.done):
             self.write_checkpoint(learner, phase, must=bool(end or self.stopping))
+        self.stop_if_asked()
+        self.log.resume_clock()
+
+    def stop_if_asked(self) -> None:
+        """End the process the way its signal would have."""
         if self.stopping:
             raise SystemExit(128 + self.stopping)
-        self.log.resume_clock()
 
     def write_checkpoint(self, learner: Learner, phase: Phase, must: bool) -> None:
         """Save; a full disk ends the run only when this checkpoint is its last."""
@@ -190,6 +210,9 @@ class Task:
 
     def finish(self) -> None:
         """After the last step of the last expert."""
+        self.group.wait()
+        if not self.group.first:
+            return
         self.previews.finish()
         (self.run.folder / "done").touch()
 
@@ -203,11 +226,12 @@ def copy_result(path: Path, destination: Path) -> None:
         shutil.copyfile(path, destination / path.name)
 
 
-def restore(run: Run, data: Dataset) -> tuple[int, int, list[str]]:
+def restore(run: Run, data: Dataset, group: Group) -> tuple[int, int, list[str]]:
     """(steps done, skips in a row, remarks) of the newest checkpoint; cuts the event log back to it."""
     saved = checkpoint.latest(run.folder)
     state = checkpoint.read_state(saved) if saved is not None else None
-    cut_events(run.folder / "events.jsonl", state.events_bytes if state else 0)
+    if group.first:
+        cut_events(run.folder / "events.jsonl", state.events_bytes if state else 0)
     if state is None:
         return 0, 0, []
     remarks = [f"resuming {run.folder} at step {state.step}"]

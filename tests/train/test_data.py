@@ -11,6 +11,7 @@ from shared.store_read import StoreReader
 from tests.train.make import config, listed
 from train.data import EMPTY_CAPTION, Draw, Plan, epoch_batches, load_step, micro_batch_size, prefetch
 from train.flow import SigmaLaw
+from train.group import Group
 
 Made = tuple[Path, ModelSpec, Path]
 LAW = SigmaLaw("UNIFORM", 3.0)
@@ -63,8 +64,8 @@ def test_micro_batches_and_threads_change_nothing_but_the_cut(single: Made) -> N
         model, timestep_stratified=True, dataloader_threads=5, video_config={"video_batch_size_multiplier": 0.5}
     )
     samples = [listed(number, spec) for number in range(10)]
-    for ours, theirs in zip(prefetch(reader, Plan(samples, plain, 4), LAW, 0, 5),
-                            prefetch(reader, Plan(samples, cut, 4), LAW, 0, 5), strict=True):  # fmt: skip
+    for ours, theirs in zip(prefetch(reader, Plan(samples, plain, 4), LAW, (0, 5)),
+                            prefetch(reader, Plan(samples, cut, 4), LAW, (0, 5)), strict=True):  # fmt: skip
         assert [len(part.captions) for part in theirs] == [2] * (len(ours[0].captions) // 2)
         for name in ("latent_BCthw", "noise_BCthw", "sigma_B", "weight_B"):
             assert torch.equal(getattr(ours[0], name), torch.cat([getattr(part, name) for part in theirs]))
@@ -130,3 +131,16 @@ def test_variants_are_drawn_only_when_asked_for(single: Made, augment: bool) -> 
     settings = config(model, video_config={"temporal_augmentation": augment})
     seen = {key for epoch in range(30) for key in names(epoch_batches(samples, settings, epoch, 1))}
     assert seen == ({"plain", "slow", "fast"} if augment else {"plain"})
+
+
+def test_processes_share_the_slots_of_a_step_between_them(single: Made) -> None:
+    model, spec, store = single
+    settings, reader = config(model), StoreReader([store])
+    draws = Plan([listed(number, spec) for number in range(10)], settings, 5).batch(0)
+    (whole,) = load_step(reader, config(model, batch_size=5), LAW, 0, draws)
+    parts = [load_step(reader, settings, LAW, 0, draws, Group(rank, 3)) for rank in range(3)]
+    assert [sum(len(slots.captions) for slots in part) for part in parts] == [2, 2, 1]
+    for rank, part in enumerate(parts):
+        assert torch.equal(whole.noise_BCthw[rank::3], torch.cat([slots.noise_BCthw for slots in part]))
+        assert torch.equal(whole.weight_B[rank::3], torch.cat([slots.weight_B for slots in part]))
+    assert load_step(reader, settings, LAW, 0, draws[:1], Group(1, 2)) == []
