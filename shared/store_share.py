@@ -289,7 +289,8 @@ def local_store(text: str) -> Path:
     if not is_url(text):
         return Path(text)
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan" / "stores"
-    store = root / fingerprint(url=text.rstrip("/"))
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", text.rstrip("/").partition("://")[2].removesuffix(".zarr")).strip("-")
+    store = root / f"{name[-40:]}-{fingerprint(url=text.rstrip('/'))[:8]}.zarr"
     shared = look(text)
     refuse_links(store, shared.manifest)
     create_store(store)

@@ -1,4 +1,4 @@
-"""A store is all that another machine needs: moved, without its shards, it trains to the same losses, bit for bit."""
+"""A store is all that another machine needs: moved, without its shards, or over http, the losses are the same bits."""
 
 import json
 import os
@@ -6,10 +6,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from shared.store_share import push
 from tests.e2e.commands import ROOT
 from tests.encode.make import add_shard, index_of
+from tests.shared.servers import plain_server
 
 STEPS = 3
 SETTINGS = (
@@ -44,6 +48,14 @@ def fresh_environment(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
+@contextmanager
+def served(store: Path) -> Iterator[str]:
+    """The store on a web server."""
+    push(store, str(store), lambda files, size: lambda count: None)
+    with plain_server(store.parent) as url:
+        yield f"{url}/{store.name}"
+
+
 def test_a_moved_store_trains_to_the_same_losses(tmp_path: Path) -> None:
     work = tmp_path / "here" / "work"
     index_of(work, [add_shard(work, "a.tar", range(4), size=(9, 64, 64))])
@@ -55,6 +67,12 @@ def test_a_moved_store_trains_to_the_same_losses(tmp_path: Path) -> None:
     shutil.move(work / "latents.zarr", there / "shared.zarr")
     shutil.rmtree(work)
     other = fresh_environment(tmp_path / "there" / "venv")
+    over_http = there / "over http"
+    with served(there / "shared.zarr") as url:
+        python(other, there, "train", "--work", there / "work", "--store", url, "--run", over_http, *SETTINGS,
+               XDG_CACHE_HOME=str(there / "cache"))  # fmt: skip
+    assert losses(over_http) == losses(tmp_path / "here/run")
+
     moved = ("--work", there / "work", "--store", there / "shared.zarr", "--run", there / "run")
     python(other, there, "train", *moved, *SETTINGS, HOME=str(there), XDG_CACHE_HOME=str(there / "cache"))
     assert len(losses(there / "run")) == STEPS
