@@ -9,7 +9,7 @@ from shared.bucket import Bucket
 from shared.config import BUILT_TRAIN, Config
 from shared.errors import ConfigError
 from shared.models import ModelSpec
-from shared.resolve import Resolved, refuse_unbuilt
+from shared.resolve import Choice, Resolved, refuse_unbuilt, resolve
 from train.memory import (
     GIB,
     SLACK,
@@ -56,6 +56,33 @@ def report(resolved: Resolved, card: float | None, steps: int | None, samples: i
         *unbuilt(resolved),
         verdict(plan, config, spec, source),
     ]
+
+
+TABLE_HEAD = (
+    "| preset | model | clip | card | device | RAM | blocks streamed | computed again | TFLOP per step |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+FULL_SIZE = ("8gb", "16gb", "24gb", "embedding", "24gb-finetune", "48gb", "cpu")
+
+
+def table() -> list[str]:
+    """The README's table: every preset of the full-size models, on the card it is for."""
+    lines = TABLE_HEAD.splitlines()
+    for preset in FULL_SIZE:
+        tuned = resolve(Choice(preset)).config.training_method == "FINE_TUNE"
+        for model in ("ti2v-5b",) if tuned or preset == "cpu" else ("ti2v-5b", "t2v-a14b", "i2v-a14b"):
+            resolved = resolve(Choice(preset, None, model))
+            config, spec = resolved.config, resolved.spec
+            budget, _ = budget_of(resolved.sources, None, torch.device("cpu"))
+            bucket = largest_bucket(config, spec)
+            plan = plan_memory(config, spec, bucket, budget) if budget else smallest_card(config, spec, bucket)
+            card = f"{budget // GIB} GiB" if budget else "CPU"
+            ram = f"{plan.ram / GIB:.1f}" if budget else "the same"
+            streamed, again = f"{plan.placement.streamed} of {plan.blocks}", str(plan.placement.recomputed)
+            flops = f"{plan.step_flops / 1e12:.0f}"
+            cells = [preset, model, str(bucket), card, f"{plan.need / GIB:.1f}", ram, streamed, again, flops]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def smallest_card(config: Config, spec: ModelSpec, bucket: Bucket) -> MemoryPlan:
