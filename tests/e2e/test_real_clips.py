@@ -16,7 +16,7 @@ CLIPS = {
     "carphone_pristine.mp4": "a man in a suit talks inside a moving car",
 }
 HELD_OUT = "carphone_distorted.mp4"
-SETTINGS = "max_steps=10 learning_rate=0.001 prior.folders=[] validation.folder=held_out validation.timesteps=2 sample_prompts=[]"
+SETTINGS = "max_steps=10 learning_rate=0.001 prior.folders=[] validation.folder=held_out sample_prompts=[]"
 
 
 @pytest.fixture(scope="module")
