@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from encode.vae import FRAMES_PER_LATENT, encode_mode
+from encode.vae import FRAMES_PER_LATENT, ConvKind, encode_mode
 from shared.bucket import Bucket
 from shared.errors import ModelError
 
@@ -80,7 +80,12 @@ def encode_clips(vae: Any, video_BCTHW: torch.Tensor, chunk: int | None) -> torc
         from encode.vae import normalise
 
         return normalise(vae, vae.encode(video_BCTHW).latent_dist.mode())
-    return encode_mode(vae, video_BCTHW, chunk)
+    return encode_mode(vae, video_BCTHW, chunk, best_kind(vae))
+
+
+def best_kind(vae: Any) -> ConvKind:
+    """The fastest way to convolve that is exact enough: Winograd's gains in float32 on a CPU only."""
+    return "winograd" if vae.dtype == torch.float32 and vae.device.type == "cpu" else "conv3d"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

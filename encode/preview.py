@@ -52,10 +52,11 @@ def decode_latent(vae: Any, latent_CThw: Any) -> Frames:
     """Pixels of one normalised latent."""
     import torch
 
+    from encode.budget import best_kind
     from encode.vae import decode
 
     with torch.no_grad():
-        video_BCTHW = decode(vae, latent_CThw[None].to(vae.device, vae.dtype))
+        video_BCTHW = decode(vae, latent_CThw[None].to(vae.device, vae.dtype), kind=best_kind(vae))
     return to_frames(video_BCTHW[0])
 
 

@@ -42,9 +42,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
+from encode import winograd
+
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; the first latent frame holds one pixel frame
 
-ConvKind = Literal["conv3d"]
+ConvKind = Literal["conv3d", "winograd"]  # winograd: see encode/winograd.py, for the layers that gain by it
 Layer = Any  # a module of the VAE; diffusers types none of their attributes
 
 
@@ -257,6 +259,8 @@ def _causal_conv(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     depth = conv.kernel_size[0] - 1
     padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
     past = trip.recall(conv, hidden, depth)
+    if trip.kind == "winograd" and winograd.fits(hidden, conv):
+        return winograd.causal_conv(hidden, past, conv)
     if past is None and hidden.shape[2] == 1:  # an image: only the last tap meets data, a third of the work
         return F.conv3d(hidden, conv.weight[:, :, -1:], conv.bias, padding=padding)
     padded = F.pad(hidden, (0, 0, 0, 0, depth, 0)) if past is None else torch.cat([past, hidden], 2)

@@ -1,13 +1,21 @@
 """Winograd's convolution is the layer's: equal in float32 to rounding, for any size, history and number of taps."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from encode.vae import decode, encode_mode
 from encode.winograd import causal_conv, fits, transformed_weight
 
 LIMIT = 2e-5  # relative, of one layer in float32
+WIDE_21: dict[str, Any] = {"base_dim": 48, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+WIDE_22: dict[str, Any] = WIDE_21 | {
+    "decoder_base_dim": 48, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+    "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}  # fmt: skip
 
 
 def direct(hidden: Tensor, past: Tensor | None, conv: torch.nn.Conv3d) -> Tensor:
@@ -63,3 +71,20 @@ def test_it_is_for_wide_float32_layers_without_gradients() -> None:
         assert not fits(hidden[..., :4], conv)
         assert not fits(torch.zeros(1, 12, 2, 64, 64), random_layer(3, 12))
     assert not fits(hidden, conv)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [WIDE_21, WIDE_22], ids=["2.1", "2.2"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_whole_encode_and_decode_stay_near_stock(config: dict[str, Any], chunk: int | None) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**config).eval()
+    video_BCTHW = torch.rand(1, 3, 9, 64, 96) * 2 - 1
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    stock = (vae.encode(video_BCTHW).latent_dist.mode() - mean) / std
+    ours = encode_mode(vae, video_BCTHW, chunk, "winograd")
+    assert ((ours - stock).norm() / stock.norm()).item() <= 5e-5
+    assert not torch.equal(ours, encode_mode(vae, video_BCTHW, chunk))  # it was used
+    pixels = vae.decode(stock * std + mean).sample
+    decoded = decode(vae, stock, chunk, kind="winograd")
+    assert ((decoded - pixels).norm() / pixels.norm()).item() <= 5e-5
