@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from ingest.caption import lint
+from ingest.captioner import with_written_captions
 from ingest.decide import Decision, Source, decide, usable
 from ingest.discover import Dataset, discover
 from ingest.examine import Saver, changed, examine
@@ -79,7 +80,8 @@ def ingest(order: Order) -> None:
     with locked(order.work):
         ledger = restore(order)
         unread = read_sources(order, dataset, ledger)
-        sources, unusable = usable(order.data, dataset.files, ledger)
+        files = with_written_captions(order.data, order.work, dataset.files, ledger, config.caption)
+        sources, unusable = usable(order.data, files, ledger)
         old = read_index(order.work) if index_path(order.work).is_file() else None
         shards = {shard.name: shard for shard in shards_on_disk(order.work, old)}
         decision = make_samples(order, sources, Planner(config, sizes), ledger, shards)

@@ -259,7 +259,6 @@ class Config(Strict):
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
 BUILT: dict[str, tuple[Any, ...]] = {
     "crop": ("center", "top"),
-    "caption.model": (None,),
     "text_encoder.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16"),
 }
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.

@@ -69,6 +69,11 @@ def rotated(degrees: int) -> Make:
     return make
 
 
+def huge(path: Path) -> None:
+    source = "testsrc2=s=7680x4320:r=8:d=0.75"
+    run_ffmpeg("-f", "lavfi", "-i", source, "-c:v", "mpeg4", "-q:v", "8", "-bf", "0", str(path))
+
+
 def looping_link(path: Path) -> None:
     path.symlink_to(path)
 
@@ -95,6 +100,7 @@ CORPUS: dict[str, tuple[Make, str]] = {
     "fields.mp4": (transformed(*FIELDS, *X264, "-x264-params", "tff=1", count=48), "kept"),
     "slow.mp4": (transformed(count=4, fps=1), "frozen"),
     "fast.mp4": (transformed(count=240, fps=240), "kept"),
+    "8k.mp4": (huge, "kept"),
     "mjpeg.avi": (transformed("-c:v", "mjpeg"), "kept"),
     "mpeg4.avi": (transformed("-c:v", "mpeg4", "-bf", "2"), "kept"),
     "moves.gif": (transformed("-f", "gif"), "kept"),

@@ -235,3 +235,10 @@ def test_the_kept_part_is_the_middle_or_the_top(tmp_path: Path) -> None:
     for crop, low, high in (("top", 0, 60), ("center", 115, 125)):
         index = run_ingest(data, tmp_path / crop, f"resolution=64x64 crop={crop} gates.frozen=null")
         assert low < pixels_of(index, tmp_path / crop, index.samples[0].key).mean() < high
+
+
+def test_a_changed_setting_redoes_only_what_it_affects(data: Path, tmp_path: Path) -> None:
+    first = run_ingest(data, tmp_path / "work")
+    second = run_ingest(data, tmp_path / "work", "resolution=64,96 prior.weight=0.5")
+    assert first.shards[0] in second.shards
+    assert {s.key for s in first.samples} < {s.key for s in second.samples}

