@@ -31,7 +31,7 @@ PARKED_CELLS = 1 << 20  # smaller inputs are not worth a copy
 class Piece(NamedTuple):
     """Where a buffer of a module lies in its block's bytes."""
 
-    module: nn.Module
+    module: QuantizedLinear
     name: str
     start: int
     size: int
@@ -71,7 +71,8 @@ def spread(count: int, blocks: int) -> list[int]:
 def to_host(block: nn.Module, device: torch.device) -> HostBlock:
     """Take a block's frozen matrices out of it, into one flat buffer. What is left in their place is empty."""
     stored_linears(block)
-    pieces, start = [], 0
+    pieces: list[Piece] = []
+    start = 0
     for module in block.modules():
         if isinstance(module, QuantizedLinear):
             for name, tensor in module.named_buffers(recurse=False):
@@ -80,7 +81,9 @@ def to_host(block: nn.Module, device: torch.device) -> HostBlock:
     flat = torch.empty(start, dtype=torch.uint8)
     for piece in pieces:
         piece_of(flat, piece).copy_(piece.module.get_buffer(piece.name))
-        piece.module._buffers[piece.name] = torch.empty(0, dtype=piece.dtype)
+        piece.module._buffers[piece.name] = piece.module.get_buffer(piece.name).new_empty(0)
+    for codes, scale in zip(pieces[0::2], pieces[1::2], strict=True):
+        codes.module.away = Stored(piece_of(flat, codes), piece_of(flat, scale))
     if device.type == "cuda":
         pin(flat)
     return HostBlock(flat, tuple(pieces))
@@ -142,7 +145,7 @@ class Ring:
         """Take the matrices out of the blocks, so that the buffers can be freed."""
         for host in self.hosts.values():
             for piece in host.pieces:
-                piece.module._buffers[piece.name] = torch.empty(0, dtype=piece.dtype)
+                piece.module._buffers[piece.name] = piece.module.get_buffer(piece.name).new_empty(0)
 
     def _furthest(self, index: int) -> int:
         """The slot whose block is further from `index`: the other one may be what comes next."""

@@ -101,6 +101,7 @@ class QuantizedLinear(nn.Linear):
 
     codes: Tensor
     scale: Tensor
+    away: Stored | None = None  # where they are while layer offload keeps them in RAM
 
     def __init__(self, stored: Stored, shape_OI: tuple[int, int], dtype: StorageDtype, bias: Tensor | None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
@@ -183,7 +184,9 @@ class _StoredMatmul(torch.autograd.Function):
 
 
 def restore(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
-    """The (O, I) weight of a layer, in `dtype`."""
+    """The (O, I) weight of a layer, in `dtype`, on the layer's device."""
+    if layer.away is not None and not layer.codes.numel():
+        return decode(layer.away, layer, dtype).to(layer.codes.device)
     return decode(Stored(layer.codes, layer.scale), layer, dtype)
 
 

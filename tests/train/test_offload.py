@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 
 def trained(
-    dtype: str, placement: Placement, parked: bool = False, text: bool = False, more: bool = False
+    dtype: str, placement: Placement, parked: bool = False, text: bool = False, more: bool = False, dora: bool = False
 ) -> tuple[Result, BlockRunner]:
     """Two AdamW steps of two micro-batches each, LoRA or text rows trained, and a validation in between."""
     torch.manual_seed(0)
@@ -40,7 +40,8 @@ def trained(
         assert runner.parking is not None
         runner.parking.least = 0
     if not text:
-        inject_adapter_in_model(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False), model)
+        settings = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, use_dora=dora)
+        inject_adapter_in_model(settings, model)
     options = LeanOptions(run_block=runner)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(4, 16, 3, 8, 8, generator=generator)
@@ -79,6 +80,14 @@ CASES = [("FLOAT_8", placement) for placement in PLACEMENTS] + [
 def test_training_is_bit_equal_to_fraction_zero(dtype: str, placement: Placement) -> None:
     reference = kept(dtype)
     streamed, _ = trained(dtype, placement)
+    assert streamed.losses == reference.losses
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(streamed.weights, reference.weights, strict=True))
+
+
+@pytest.mark.parametrize("placement", [Placement(3, 5), Placement(5, 5)], ids=str)
+def test_dora_reads_streamed_weights_for_its_norms(placement: Placement) -> None:
+    reference, _ = trained("FLOAT_8", Placement(0, 0), dora=True)
+    streamed, _ = trained("FLOAT_8", placement, dora=True)
     assert streamed.losses == reference.losses
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(streamed.weights, reference.weights, strict=True))
 
