@@ -12,10 +12,8 @@ import click
 
 from encode.lock import writing
 from encode.plan import Part, Plan, Recipe, dataset_list, make_plan, wanted_captions
-from encode.preview import preview, read_latents
 from encode.recipe import recipes, text_recipe
 from encode.status import describe
-from encode.verify import check_files, check_finite, compare, decoder_of, write_report
 from shared.bucket import Bucket
 from shared.cli import Group, config_options, work_option
 from shared.errors import DatasetError
@@ -141,6 +139,8 @@ def prompts(work: Path, store: Path | None, choice: Choice, texts: tuple[str, ..
 @click.option("--samples", "count", default=4, show_default=True, help="Clips to decode and compare; 0: none.")
 def verify(work: Path, store: Path | None, choice: Choice, count: int) -> None:
     """Check every checksum; decode a few clips, measure them against the shards and show them side by side."""
+    from encode.verify import check_files, check_finite, compare, decoder_of, write_report
+
     store = store or work / "latents.zarr"
     markers = read_markers(open_store(store))
     with progress("checksums", len(markers)) as advance:
@@ -204,6 +204,8 @@ def transfer_bar(stack: ExitStack, name: str) -> Callable[[int, int], Callable[[
 @click.option("--fps", type=float, help="Frames per second; default: the model's own.")
 def decode(work: Path, choice: Choice, files: tuple[Path, ...], out: Path, fps: float | None) -> None:
     """Decode latents to MP4 files and one contact sheet."""
+    from encode.preview import preview, read_latents
+
     resolved = resolve(choice, work / "config.json")
     latents = [read_latents(path) for path in files]
     from encode.worker import device

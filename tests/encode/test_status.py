@@ -47,12 +47,12 @@ def test_ten_thousand_samples_take_under_a_second_of_processor_time(tmp_path: Pa
         "main()"
     )
     seconds = []
-    for _ in range(2):
+    for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert "latents: 10000 rows in 100 units, 400.0 MB" in done.stdout
         assert "10000 latents: stale (vae another -> " in done.stdout
         seconds.append(float(done.stdout.split("CPU")[1]))
-    assert min(seconds) < 1.5  # under 1 s on a quiet core; a shared one counts hyper-threads as processors
+    assert min(seconds) < 1.0
 
 
 def test_status_says_what_encode_would_do(work: Path, model: Path) -> None:
