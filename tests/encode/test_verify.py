@@ -80,7 +80,8 @@ def test_the_command_reports_and_draws(work: Path, model: Path) -> None:
     said = command("encode", "verify", "--work", work, "--model", model, "--preset", "demo", "--samples", 2)
     assert "all intact" in said
     assert said.count(" dB ") == 2
-    assert Image.open(work / "verify.png").width > 2 * 48
+    with Image.open(work / "verify.png") as sheet:
+        assert sheet.width > 2 * 48
     unit = next(marker for marker in read_markers(store) if marker.kind == "text")
     (store / unit.files[0].path).unlink()
     assert unit.files[0].path in refused("encode", "verify", "--work", work)
