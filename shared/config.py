@@ -270,7 +270,6 @@ BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "compile": (False,),
     "attention": ("AUTO", "SDPA"),
     "optimizer.name": ("ADAMW", "ADAFACTOR", "MUON"),
-    "resume_from_adapter": (None,),
     "base_adapters": ((),),
 }
 

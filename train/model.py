@@ -144,24 +144,25 @@ def refuse_mismatch(config: Config, spec: ModelSpec) -> None:
 
 def refuse_method_mismatch(config: Config) -> None:
     """Settings that contradict the training method."""
-    method, storage, compute = config.training_method, config.transformer.weight_dtype, config.train_dtype
-    form = f"output_model_format={config.output_model_format}"
-    if method == "FINE_TUNE":
-        if storage not in (compute, "FLOAT_32"):
-            raise ConfigError(
-                f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}"
-            )
-        if config.prior.prediction:
-            raise ConfigError(
-                "prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off"
-            )
-        if config.output_model_format.endswith("_LORA"):
-            raise ConfigError(f"{form}: FINE_TUNE gives whole weights; use SAFETENSORS or DIFFUSERS")
-    if method == "LORA" and not config.output_model_format.endswith("_LORA"):
-        raise ConfigError(f"{form}: LORA gives an adapter; use COMFY_LORA, DIFFUSERS_LORA or KOHYA_LORA")
-    if config.peft_type != "LORA" and config.output_model_format != "COMFY_LORA":
-        raise ConfigError(f"{form} cannot hold peft_type={config.peft_type}; use COMFY_LORA")
-    if config.optimizer.rounding != "NEAREST" and storage != "BFLOAT_16":
-        raise ConfigError(
-            f"optimizer.rounding={config.optimizer.rounding} is for trained weights in BFLOAT_16; use NEAREST"
-        )
+    storage, compute = config.transformer.weight_dtype, config.train_dtype
+    form, kind = f"output_model_format={config.output_model_format}", f"peft_type={config.peft_type}"
+    whole, lora = config.training_method == "FINE_TUNE", config.training_method == "LORA"
+    plain = config.peft_type == "LORA"
+    lora_form = config.output_model_format.endswith("_LORA")
+    rounding = config.optimizer.rounding
+    contradictions = {
+        f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}":
+            whole and storage not in (compute, "FLOAT_32"),
+        "prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off":
+            whole and config.prior.prediction,
+        f"{form}: FINE_TUNE gives whole weights; use SAFETENSORS or DIFFUSERS": whole and lora_form,
+        f"{form}: LORA gives an adapter; use COMFY_LORA, DIFFUSERS_LORA or KOHYA_LORA": lora and not lora_form,
+        f"{form} cannot hold {kind}; use COMFY_LORA": lora and not plain and config.output_model_format != "COMFY_LORA",
+        "resume_from_adapter starts plain LoRA training; it needs training_method and peft_type LORA":
+            config.resume_from_adapter is not None and not (lora and plain),
+        f"optimizer.rounding={rounding} is for trained weights in BFLOAT_16; use NEAREST":
+            rounding != "NEAREST" and not (whole and storage == "BFLOAT_16"),
+    }  # fmt: skip
+    for message, contradicts in contradictions.items():
+        if contradicts:
+            raise ConfigError(message)

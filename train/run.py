@@ -19,7 +19,17 @@ from shared.store_share import local_store
 RUNS = Path("runs")
 # settings that decide what the saved tensors are, or which random numbers are drawn: a change needs a new run
 FIXED = (
-    *("base_model_name", "training_method", "seed", "batch_size", "optimizer.name", "ema", "expert", "expert_share"),
+    *(
+        "base_model_name",
+        "training_method",
+        "seed",
+        "batch_size",
+        "optimizer.name",
+        "ema",
+        "expert",
+        "expert_share",
+        "resume_from_adapter",
+    ),
     *("peft_type", "lora_rank", "lora_alpha", "lora_targets", "text_encoder.train"),
     *("embedding.token_count", "embedding.kind", "embedding.placeholder", "embedding.initial_text"),
 )

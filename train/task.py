@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shared.errors import RunError
 from train import checkpoint, export
 from train.adapter import copy_into
+from train.adapter_file import adapter_path, start_from
 from train.checkpoint import State
 from train.data import ALONE, WEIGHTS, Plan, random_of
 from train.group import Group
@@ -115,6 +116,8 @@ class Task:
         bank, trained = make_trained(model, self.run, seed, self.data.reader, texts)
         average = Average(trained, config.ema) if config.ema else None
         learner = Learner(model, bank, trained, make_optimizer(config, trained), average)
+        if self.done == phase.first and config.resume_from_adapter:
+            start_from(adapter_path(config, phase.expert), trained, config)
         if self.done > phase.first and (saved := checkpoint.latest(self.run.folder)) is not None:
             copy_into(trained, checkpoint.read_tensors(saved, f"weights_{phase.expert}"), str(saved))
             learner.optimizer.load_state_dict(checkpoint.read_optimizer(saved))

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from shared.config import Config
+from shared.errors import RunError
 from shared.models import SPECS, ModelSpec
 from tests.train.make import config, make_run
 from train.adapter import add_adapter
+from train.adapter_file import adapter_path, start_from
 from train.export import block_linears, describe, formatted, original_name, write_result
 from train.lean import collate_text, project_text
 from train.model import Model, load_model, predict
@@ -157,3 +159,36 @@ def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
     half = formatted(tensors, settings.model_copy(update={"output_dtype": "FLOAT_16"}), run.spec, "COMFY_LORA")
     assert {str(value.dtype) for name, value in half.items() if name.endswith("weight")} == {"torch.float16"}
+
+
+@pytest.mark.parametrize("form", ["COMFY_LORA", "DIFFUSERS_LORA", "KOHYA_LORA"])
+def test_training_can_start_from_a_file_of_any_format(single: Made, tmp_path: Path, form: Any) -> None:
+    """The model starts as it was exported, though this run's alpha is another one."""
+    settings = config(single[0], lora_alpha=6.0, output_model_format=form)
+    before, tensors = trained_model(single, settings)
+    run = make_run(tmp_path / "run", settings, single[2])
+    path = write_result(tmp_path, "a", (run, "single", form), tensors, {"format": "pt"})
+    other = config(single[0], lora_alpha=16.0)
+    model = load_model(single[1], "single", other, CPU)
+    trained = add_adapter(model.transformer, other, 7)
+    start_from(path, trained, other)
+    torch.testing.assert_close(ours(model), ours(before), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RunError, match="set lora_rank to the file's 4"):
+        wider = config(single[0], lora_rank=8)
+        start_from(path, add_adapter(load_model(single[1], "single", wider, CPU).transformer, wider, 0), wider)
+    if form != "KOHYA_LORA":
+        narrow = config(single[0], lora_targets=r".*\.to_q")
+        with pytest.raises(RunError, match="fit nothing that is trained"):
+            start_from(path, add_adapter(load_model(single[1], "single", narrow, CPU).transformer, narrow, 0), narrow)
+
+
+def test_a_pair_starts_from_its_pair_of_files(single: Made, tmp_path: Path) -> None:
+    pair = config(single[0], resume_from_adapter="old/cat_high_noise.safetensors")
+    assert adapter_path(pair, "low_noise") == Path("old/cat_low_noise.safetensors")
+    assert adapter_path(pair, "high_noise") == Path("old/cat_high_noise.safetensors")
+    assert (
+        adapter_path(config(single[0], resume_from_adapter="old/cat.safetensors"), "single").name == "cat.safetensors"
+    )
+    (tmp_path / "x.safetensors").write_bytes(b"no adapter")
+    with pytest.raises(RunError, match="resume_from_adapter"):
+        start_from(tmp_path / "x.safetensors", {}, pair)
