@@ -142,7 +142,8 @@ class Planner:
         if window.still:
             extension = "png"
         scaled = cover(display, bucket)
-        crop = ((scaled[0] - bucket.width) // 2, 0 if self.config.crop == "top" else (scaled[1] - bucket.height) // 2)
+        top = 0 if self.config.crop == "top" else middle(scaled[1], bucket.height)
+        crop = middle(scaled[0], bucket.width), top
         fps = 1.0 if window.still else self.geometry.fps
         made = {"version": INGEST_VERSION, "source": source, "content": asdict(content), "scaled": scaled, "crop": crop,
                 "bucket": asdict(bucket), "fps": fps, "extension": extension}  # fmt: skip
@@ -172,6 +173,11 @@ def cover(display: tuple[float, float], bucket: Bucket) -> tuple[int, int]:
         return max(least, 2 * math.ceil(length * factor / 2 - 1e-6))
 
     return side(display[0], bucket.width), side(display[1], bucket.height)
+
+
+def middle(side: int, kept: int) -> int:
+    """Where the middle `kept` pixels of a side begin; even, because 4:2:0 cannot be cut elsewhere."""
+    return (side - kept) // 4 * 2
 
 
 def refuse_unknown_folders(config: Config, folders: set[str]) -> None:

@@ -38,6 +38,7 @@ def test_every_clip_becomes_samples_with_its_caption_in_natural_order(data: Path
     assert not index.dropped
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its own
 def test_the_stock_webdataset_reads_every_sample(data: Path, tmp_path: Path) -> None:
     index = run_ingest(data, tmp_path / "work", "windows_per_clip=2")
     tars = [str(path) for path in shard_folder(tmp_path / "work").glob("*.tar")]
