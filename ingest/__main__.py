@@ -22,7 +22,7 @@ from ingest.ledger import Ledger, Outcome, fold_outcomes, read_ledger, write_led
 from ingest.pack import Kept, pack, shards_on_disk
 from ingest.plan import Planner, refuse_unknown_folders
 from ingest.report import write_report
-from ingest.runner import Runner
+from ingest.runner import Runner, ffmpeg_version
 from ingest.scenes import SceneJob, find_scenes
 from ingest.transcode import Job, transcode
 from shared.cli import Group, config_options, path_or_none, work_option
@@ -86,7 +86,7 @@ def ingest(order: Order) -> None:
         shards = {shard.name: shard for shard in shards_on_disk(order.work, old)}
         decision = make_samples(order, sources, Planner(config, sizes), ledger, shards)
         decision.dropped[:0] = [*dataset.dropped, *unread, *unusable]
-        pack_samples(order.work, decision, shards, config.shard_megabytes)
+        pack_samples(order, decision, shards, config.shard_megabytes)
         index = build_index(dataset_id(order.work), config, sources, decision, list(shards.values()))
         remarks = lint({source.found.path: source.found.captions for source in sources})
         publish(order.work, index, old, to_json(config), remarks)
@@ -122,10 +122,10 @@ def restore(order: Order) -> Ledger:
             shutil.rmtree(folder)
     sweep_partials(staging)
     sweep_partials(shard_folder(order.work))
-    ledger = Ledger() if order.rehash else read_ledger(order.work)
+    ledger = read_ledger(order.work)
     if any(staging.glob("*.json")):
         save_ledger(order.work, ledger)
-    return ledger
+    return ledger.unread() if order.rehash else ledger
 
 
 def save_ledger(work: Path, ledger: Ledger) -> None:
@@ -150,6 +150,7 @@ def read_sources(order: Order, dataset: Dataset, ledger: Ledger) -> list[Drop]:
                 save()
 
             dropped += examine(order.data, news, ledger, workers(), step)
+        ledger.forget_absent()
         write_ledger(order.work, ledger)
     return dropped
 
@@ -205,13 +206,13 @@ def bundled_ffmpeg() -> str:
     return str(imageio_ffmpeg.get_ffmpeg_exe())
 
 
-def pack_samples(work: Path, decision: Decision, shards: dict[str, ShardRecord], megabytes: int) -> None:
+def pack_samples(order: Order, decision: Decision, shards: dict[str, ShardRecord], megabytes: int) -> None:
     """Put staged samples into tars; `shards` gets the new ones."""
     packed = {key for shard in shards.values() for key in shard.keys}
     new = [Kept(sample, source.sha256) for source, sample in decision.kept if sample.key not in packed]
     if new:
         with progress("packing", len(new)) as advance:
-            for shard in pack(work, new, megabytes):
+            for shard in pack(order.work, new, megabytes, ffmpeg_version(order.ffmpeg or bundled_ffmpeg())):
                 shards[shard.name] = shard
                 advance(len(shard.keys))
 

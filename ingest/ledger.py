@@ -77,6 +77,16 @@ class Ledger:
         """What is known of a source's bytes."""
         return self.learned.get(sha256, Learned())
 
+    def unread(self) -> "Ledger":
+        """Knowing no file, and no failure, of what was learned: every file is read again, and what failed is tried."""
+        learned = {sha: known.model_copy(update={"failed": {}}) for sha, known in self.learned.items()}
+        return Ledger(learned=learned)
+
+    def forget_absent(self) -> None:
+        """Drop what is known of bytes that no file has any more."""
+        live = {entry.sha256 for entry in self.files.values()}
+        self.learned = {sha: known for sha, known in self.learned.items() if sha in live}
+
     def learn(self, sha256: str, news: Learned) -> None:
         """Add what a decode has shown."""
         self.learned[sha256] = self.of(sha256).updated(news)

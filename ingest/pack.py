@@ -44,7 +44,7 @@ def record_of(path: Path) -> ShardRecord:
     return ShardRecord(name=path.name, sha256=sha256_of(path), bytes=path.stat().st_size, keys=tuple(keys))
 
 
-def pack(work: Path, kept: Iterable[Kept], megabytes: int) -> Iterator[ShardRecord]:
+def pack(work: Path, kept: Iterable[Kept], megabytes: int, ffmpeg: str) -> Iterator[ShardRecord]:
     """Move staged samples to tars of one bucket each, about `megabytes` large; what a tar holds leaves staging."""
     staging = work / "staging"
     buckets: dict[str, list[Kept]] = {}
@@ -52,7 +52,7 @@ def pack(work: Path, kept: Iterable[Kept], megabytes: int) -> Iterator[ShardReco
         buckets.setdefault(str(item.sample.bucket), []).append(item)
     for name, items in buckets.items():
         for group in grouped(staging, items, megabytes * MEGABYTE):
-            yield write_shard(work, name, group)
+            yield write_shard(work, name, group, ffmpeg)
             for item in group:
                 for file in item.sample.files:
                     (staging / file).unlink()
@@ -73,8 +73,8 @@ def grouped(staging: Path, items: list[Kept], limit: int) -> Iterator[list[Kept]
         yield group
 
 
-def write_shard(work: Path, bucket: str, group: list[Kept]) -> ShardRecord:
-    """One tar, with the same bytes on any machine."""
+def write_shard(work: Path, bucket: str, group: list[Kept], ffmpeg: str) -> ShardRecord:
+    """One tar; the same samples made by the same ffmpeg give the same bytes on any machine."""
     from webdataset import TarWriter
 
     keys = [item.sample.key for item in group]
@@ -83,14 +83,14 @@ def write_shard(work: Path, bucket: str, group: list[Kept]) -> ShardRecord:
         for item in group:
             made = [work / "staging" / file for file in item.sample.files]
             parts = {path.suffix[1:]: path.read_bytes() for path in made}
-            writer.write({"__key__": item.sample.key, "json": facts_in_tar(item), **parts})
+            writer.write({"__key__": item.sample.key, "json": facts_in_tar(item, ffmpeg), **parts})
     return ShardRecord(name=path.name, sha256=sha256_of(path), bytes=path.stat().st_size, keys=tuple(keys))
 
 
-def facts_in_tar(item: Kept) -> bytes:
+def facts_in_tar(item: Kept, ffmpeg: str) -> bytes:
     """What belongs to the pixels; captions may change, so they are in the index only."""
     sample, window = item.sample, item.sample.window
     value = {"source_sha256": item.sha256, "num_frames": sample.bucket.num_frames, "height": sample.bucket.height,
              "width": sample.bucket.width, "fps": sample.fps, "start": window.start, "duration": window.duration,
-             "variant": window.variant, "clip": sample.clip_key}  # fmt: skip
+             "variant": window.variant, "clip": sample.clip_key, "ffmpeg": ffmpeg}  # fmt: skip
     return json.dumps(value, sort_keys=True).encode()

@@ -68,6 +68,12 @@ class Runner:
             process.kill()
 
 
+def ffmpeg_version(program: str) -> str:
+    """For example 'n9.0.2-17-g2a571b6068-20260930'."""
+    said = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout
+    return said.split()[2]
+
+
 def complaint(errors: str) -> Exception:
     """What to raise for ffmpeg's error output."""
     if missing := re.search(r"No such filter: '(\w+)'|Unknown encoder '(\w+)'", errors):

@@ -1,6 +1,7 @@
 """From a folder to tars and index: what is kept, what is dropped and why, and what a second run does."""
 
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from shared.errors import ConfigError, DatasetError
 from shared.files import sha256_of
-from shared.shards import Index, shard_folder
+from shared.shards import Index, read_index, shard_folder
 from tests.ingest.make import (
     ingest_process,
     make_dataset,
@@ -243,3 +244,28 @@ def test_a_changed_setting_redoes_only_what_it_affects(data: Path, tmp_path: Pat
     second = run_ingest(data, tmp_path / "work", "resolution=64,96 prior.weight=0.5")
     assert first.shards[0] in second.shards
     assert {s.key for s in first.samples} < {s.key for s in second.samples}
+
+
+def test_rehash_reads_every_file_again_and_makes_nothing_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    first = run_ingest(data, work)
+    status = (data / "clip1.mp4").stat()
+    content = bytearray((data / "clip1.mp4").read_bytes())
+    content[-1] ^= 1
+    (data / "clip1.mp4").write_bytes(content)
+    os.utime(data / "clip1.mp4", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert run_ingest(data, work) == first, "size, time and inode are unchanged"
+    second = run_ingest(data, work, rehash=True)
+    assert second.samples[0].key != first.samples[0].key
+    assert second.samples[1:] == first.samples[1:]
+    monkeypatch.setattr("ingest.__main__.run_jobs", None)
+    assert run_ingest(data, work, rehash=True) == second
+
+
+def test_a_source_shorter_than_the_user_wants_is_dropped(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError):
+        run_ingest(data, tmp_path / "work", "gates.min_duration=3")
+    reasons = {drop.reason for drop in read_index(tmp_path / "work").dropped}
+    assert reasons == {"1.00 s long, gates.min_duration asks for 3"}
