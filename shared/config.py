@@ -269,7 +269,7 @@ BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "train_dtype": ("FLOAT_32", "BFLOAT_16"),
     "compile": (False,),
     "attention": ("AUTO", "SDPA"),
-    "optimizer.name": ("ADAMW", "ADAFACTOR", "MUON"),
+    "optimizer.name": ("ADAMW", "ADAMW_8BIT", "ADAFACTOR", "PRODIGY", "CAME", "LION", "MUON"),
     "base_adapters": ((),),
 }
 

@@ -1,7 +1,9 @@
-"""The update: optimizer by name, learning rate by step, clipped gradients, averaged weights. All from torch."""
+"""The update: optimizer by name (torch, bitsandbytes), rate by step, clipped gradients, averaged weights."""
 
+import importlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +29,42 @@ def make_optimizer(config: Config, trained: Parameters) -> Optimizer:
 
 
 def plain_optimizer(config: Config, parts: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
-    """The optimizer as torch has it; `kind` says whose rate the parameters have."""
+    """The optimizer as its library has it; `kind` says whose rate the parameters have."""
     settings = config.optimizer
     groups = [{"params": parts, "part": kind}]
-    rate, decay, betas = config.learning_rate, settings.weight_decay, (settings.beta1, settings.beta2)
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": settings.weight_decay}
+    betas, eps = (settings.beta1, settings.beta2), settings.eps
+    if settings.name == "ADAMW":
+        return torch.optim.AdamW(groups, **common, betas=betas, eps=eps, fused=True)
     if settings.name == "ADAFACTOR":
-        return torch.optim.Adafactor(groups, lr=rate, weight_decay=decay)
+        return torch.optim.Adafactor(groups, **common)
     if settings.name == "MUON":
-        return torch.optim.Muon(groups, lr=rate, weight_decay=decay, momentum=settings.beta1, eps=settings.eps)
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.eps, weight_decay=decay, fused=True)
+        return torch.optim.Muon(groups, **common, momentum=settings.beta1, eps=eps)
+    return library_optimizer(config, groups, common)
+
+
+def library_optimizer(config: Config, groups: list[dict[str, Any]], common: dict[str, Any]) -> torch.optim.Optimizer:
+    """Optimizers of libraries that are installed only when wanted."""
+    settings = config.optimizer
+    betas = (settings.beta1, settings.beta2)
+    made: torch.optim.Optimizer
+    if settings.name == "PRODIGY":  # estimates the rate itself; learning_rate multiplies it and is usually 1
+        made = optional("prodigyopt", "prodigyopt").Prodigy(groups, **common, betas=betas, eps=settings.eps)
+    elif settings.name == "CAME":  # the third beta is the paper's (Luo et al. 2023, arXiv 2307.02047)
+        made = optional("came_pytorch", "came-pytorch").CAME(groups, **common, betas=(*betas, 0.9999))
+    elif settings.name == "LION":
+        made = optional("bitsandbytes.optim", "bitsandbytes").Lion(groups, **common, betas=betas)
+    else:
+        made = optional("bitsandbytes.optim", "bitsandbytes").AdamW8bit(groups, **common, betas=betas, eps=settings.eps)
+    return made
+
+
+def optional(module: str, package: str) -> Any:
+    """A library that only some optimizers need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"this optimizer.name needs {package}; install it with: pip install {package}") from None
 
 
 def peak_rate(config: Config, part: str) -> float:

@@ -27,6 +27,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 0.01},
     "dora": {"peft_type": "DORA", "learning_rate": 0.01, "lora_dropout": 0.2},
     "lokr": {"peft_type": "LOKR", "learning_rate": 0.02},
+    "8-bit": {"learning_rate": 0.01, "optimizer": {"name": "ADAMW_8BIT"}, "lora_rank": 32},
+    "lion": {"learning_rate": 0.003, "optimizer": {"name": "LION"}},
+    "prodigy": {"learning_rate": 1.0, "optimizer": {"name": "PRODIGY"}},
+    "came": {"learning_rate": 0.003, "optimizer": {"name": "CAME"}},
+    "muon": {"learning_rate": 0.05, "optimizer": {"name": "MUON"}},
     "fine-tune": {"training_method": "FINE_TUNE", "output_model_format": "SAFETENSORS", "learning_rate": 3e-3},
     "stochastic": {"training_method": "FINE_TUNE", "output_model_format": "DIFFUSERS", "learning_rate": 3e-3,
                    "transformer": {"weight_dtype": "BFLOAT_16"}, "train_dtype": "BFLOAT_16",
@@ -59,8 +64,8 @@ def test_a_method_lowers_the_held_out_loss_and_resumes_bit_equal(zorbs: Made, tm
     began = time.monotonic()
     start(whole, finished=False)
     losses = [row["loss"] for row in events(whole) if row["event"] == "validation"]
-    # a random model hardly listens to its text, so an embedding can do little
-    assert losses[1] < (1 if method == "embedding" else 0.98) * losses[0]
+    # a random model hardly listens to its text, so an embedding can do little; Prodigy is still finding its rate
+    assert losses[1] < (1 if method in ("embedding", "prodigy") else 0.98) * losses[0]
     process = child(broken)
     time.sleep(random.Random(method).uniform(0.3, 0.9) * (time.monotonic() - began))
     process.kill()
