@@ -6,9 +6,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from shared.store_share import push
 from tests.e2e.commands import ROOT
@@ -48,32 +48,37 @@ def fresh_environment(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
-@contextmanager
-def served(store: Path) -> Iterator[str]:
-    """The store on a web server."""
-    push(store, str(store), lambda files, size: lambda count: None)
-    with plain_server(store.parent) as url:
-        yield f"{url}/{store.name}"
+def trained_here(folder: Path) -> tuple[Path, list[float]]:
+    """Encode and train; the store, and the losses. Everything else is deleted."""
+    work = folder / "work"
+    index_of(work, [add_shard(work, "a.tar", range(4), size=(9, 64, 64))])
+    python(sys.executable, ROOT, "encode", "--work", work, *SETTINGS)
+    python(sys.executable, ROOT, "train", "--work", work, "--run", folder / "run", *SETTINGS)
+    shutil.move(work / "latents.zarr", folder / "latents.zarr")
+    shutil.rmtree(work)
+    return folder / "latents.zarr", losses(folder / "run")
+
+
+def trained_there(folder: Path, store: object) -> list[float]:
+    """Train as somebody else, elsewhere, with another Python, from nothing but the store."""
+    folder.mkdir()
+    other = fresh_environment(folder / "venv")
+    places = ("--work", folder / "work", "--store", store, "--run", folder / "run")
+    python(other, folder, "train", *places, *SETTINGS, HOME=str(folder), XDG_CACHE_HOME=str(folder / "cache"))
+    return losses(folder / "run")
 
 
 def test_a_moved_store_trains_to_the_same_losses(tmp_path: Path) -> None:
-    work = tmp_path / "here" / "work"
-    index_of(work, [add_shard(work, "a.tar", range(4), size=(9, 64, 64))])
-    python(sys.executable, ROOT, "encode", "--work", work, *SETTINGS)
-    python(sys.executable, ROOT, "train", "--work", work, "--run", tmp_path / "here/run", *SETTINGS)
+    store, expected = trained_here(tmp_path / "here")
+    shutil.move(store, tmp_path / "moved.zarr")
+    found = trained_there(tmp_path / "there", tmp_path / "moved.zarr")
+    assert len(found) == STEPS
+    assert found == expected
 
-    there = tmp_path / "there" / "someone"
-    there.mkdir(parents=True)
-    shutil.move(work / "latents.zarr", there / "shared.zarr")
-    shutil.rmtree(work)
-    other = fresh_environment(tmp_path / "there" / "venv")
-    over_http = there / "over http"
-    with served(there / "shared.zarr") as url:
-        python(other, there, "train", "--work", there / "work", "--store", url, "--run", over_http, *SETTINGS,
-               XDG_CACHE_HOME=str(there / "cache"))  # fmt: skip
-    assert losses(over_http) == losses(tmp_path / "here/run")
 
-    moved = ("--work", there / "work", "--store", there / "shared.zarr", "--run", there / "run")
-    python(other, there, "train", *moved, *SETTINGS, HOME=str(there), XDG_CACHE_HOME=str(there / "cache"))
-    assert len(losses(there / "run")) == STEPS
-    assert losses(there / "run") == losses(tmp_path / "here/run")
+@pytest.mark.soak
+def test_a_store_on_a_web_server_trains_to_the_same_losses(tmp_path: Path) -> None:
+    store, expected = trained_here(tmp_path / "here")
+    push(store, str(store), lambda files, size: lambda count: None)
+    with plain_server(store.parent) as url:
+        assert trained_there(tmp_path / "there", f"{url}/{store.name}") == expected
