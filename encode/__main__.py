@@ -16,7 +16,7 @@ from encode.recipe import recipes, text_recipe
 from encode.status import describe
 from shared.bucket import Bucket
 from shared.cli import Group, config_options, work_option
-from shared.errors import DatasetError
+from shared.errors import DatasetError, StoreError
 from shared.files import read_json
 from shared.keys import caption_key
 from shared.models import ModelSpec
@@ -25,16 +25,25 @@ from shared.resolve import Choice, Resolved, resolve
 from shared.shards import Index, index_path, read_index
 from shared.store import Kind, create_store, open_store, read_datasets, read_markers, write_dataset
 from shared.store_read import StoreReader
+from shared.store_remote import is_url
 
 Command = Callable[..., Any]
 EMPTY = Index(dataset="", ingest_version=0)  # no samples: only texts are made
 
 
+def folder_only(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    """A store that is written or checked is a folder here; an empty make variable is none."""
+    del context, parameter
+    if value and is_url(value):
+        raise StoreError(
+            f"STORE={value}: encode works on a folder; fetch it with make pull FROM=..., share with make push"
+        )
+    return Path(value) if value else None
+
+
 def store_option(command: Command) -> Command:
     """--store: where the latents are."""
-    return click.option("--store", type=click.Path(path_type=Path), help="Latent store; default: WORK/latents.zarr.")(
-        command
-    )
+    return click.option("--store", callback=folder_only, help="Latent store; default: WORK/latents.zarr.")(command)
 
 
 @click.group(cls=Group, invoke_without_command=True)

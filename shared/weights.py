@@ -68,7 +68,6 @@ def load_vae(spec: ModelSpec, dtype: Any) -> Any:
 def load_text_encoder(spec: ModelSpec, dtype: Any) -> tuple[Any, Any]:
     """(tokenizer, UMT5EncoderModel in `dtype`); frozen. Asserts the tied embedding that early transformers 5 lost."""
     from transformers import AutoTokenizer, UMT5EncoderModel
-
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar is enough: the caller's

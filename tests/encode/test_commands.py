@@ -112,3 +112,9 @@ def test_every_command_explains_itself() -> None:
         help_text = encode(name, "--help").output
         assert "Usage" in help_text
         assert main.commands[name].help
+
+
+def test_a_url_is_nowhere_to_encode_to(work: Path) -> None:
+    line = refused("encode", "--work", work, "--store", "https://host/latents.zarr", "--preset", "demo")
+    assert "https://host/latents.zarr" in line
+    assert "make push" in line
