@@ -97,17 +97,17 @@ def clip(parts: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 
 class Average:
-    """Exponential moving average of the trained parameters (Polyak averaging)."""
+    """Exponential moving average of the trained parameters (Polyak averaging), float32 whatever they are."""
 
     def __init__(self, trained: Parameters, decay: float) -> None:
         self.trained, self.decay = trained, decay
-        self.mean = {name: part.detach().clone() for name, part in trained.items()}
+        self.mean = {name: part.detach().float().clone() for name, part in trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the current weights."""
         for name, mean in self.mean.items():
-            mean.lerp_(self.trained[name].detach(), 1 - self.decay)
+            mean.lerp_(self.trained[name].detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor]) -> None:

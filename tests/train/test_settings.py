@@ -101,3 +101,16 @@ def test_gradients_are_clipped_and_rates_are_the_parts_own(single: Made, tmp_pat
 def test_the_training_shift_is_the_models_unless_set(single: Made) -> None:
     for changes, shift in (({}, 5.0), ({"timestep_shift": 2.0}, 2.0)):
         assert make_phases(config(single[0], **changes), single[1], 10)[0].law.shift == shift
+
+
+def test_the_average_follows_its_recursion_and_has_a_file_of_its_own(single: Made, tmp_path: Path) -> None:
+    kept = []
+    for steps in (1, 2):
+        settings = config(single[0], max_steps=steps, ema=0.75, lr_scheduler="CONSTANT")
+        run = make_run(tmp_path / f"run{steps}", settings, single[2])
+        start(run, finished=False)
+        kept.append((trained(run), trained(run, kind="average")))
+        assert (run.folder / f"run{steps}_ema.safetensors").is_file()
+    (_, average), (weights, moved) = kept
+    for name, value in moved.items():
+        torch.testing.assert_close(value, 0.75 * average[name] + 0.25 * weights[name])
