@@ -27,6 +27,7 @@ HELP = """Train on a latent store; nothing but the DiT and its gradients is in m
   python -m train --set "max_steps=500 lora_rank=16" settings laid over the preset
   python -m train --model t2v-a14b                   both experts, one after the other, two files
   python -m train --run runs/cats --resume no        a new run in a folder of your choice
+  torchrun --standalone --nproc_per_node 2 -m -- train --work work     two GPUs: twice the batch
 
 Ctrl-C stops after the current step with a checkpoint; the same command goes on from there.
 """
