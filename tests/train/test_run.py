@@ -103,18 +103,16 @@ def test_stores_that_cannot_be_trained_are_refused_by_name(single: Made, tmp_pat
         open_dataset([store], tmp_path, config(model, resolution="64x64", frames=5), spec)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keys": ("gone",)}, "1 listed samples are not in the store .first: gone"),
-        ({"captions": ("gone",)}, "1 captions are not in the store .first: gone"),
-    ],
-)
+MISSING_ROWS = [({"keys": ("gone",)}, "1 listed samples are not in the store .first: gone"),
+                ({"captions": ("gone",)}, "1 captions are not in the store .first: gone")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), MISSING_ROWS)
 def test_a_listed_sample_without_a_row_is_refused(single: Made, tmp_path: Path, change: Any, message: str) -> None:
     model, spec, _ = single
-    store = make_store(tmp_path / "made.zarr", spec, [listed(0, spec)])
+    store, facts = make_store(tmp_path / "made.zarr", spec, [listed(0, spec)]), {"keys": ("sample0",)} | change
     (dataset,) = read_datasets(store)
-    write_dataset(store, dataset.model_copy(update={"samples": (listed(0, spec), listed(1, spec, **{"keys": ("sample0",)} | change))}))
+    write_dataset(store, dataset.model_copy(update={"samples": (listed(0, spec), listed(1, spec, **facts))}))
     with pytest.raises(StoreError, match=message + ".*make encode"):
         open_dataset([store], tmp_path, config(model), spec)
 
