@@ -91,7 +91,7 @@ def clip_plans(source: Source, planner: Planner, known: Learned, decision: Decis
         reversible = not any(names_direction(caption) for caption in source.found.captions)
         return planner.video(facts, source.sha256, known.scenes or (), reversible)
     except Unusable as problem:
-        decision.drop(source, str(problem))
+        decision.drop(source, str(problem), value=problem.value)
         return []
 
 
@@ -136,7 +136,8 @@ class Judge:
     def fault(self, source: Source, sample: Sample, measures: Measures) -> tuple[str, float] | None:
         """(reason, value) of the first gate that a measured sample fails."""
         window = sample.window
-        fault = refusal(measures, self.planner.config.gates, float(window.rate), window.still)
+        still = window.count == 1  # a lone frame of a video moves as little as a picture
+        fault = refusal(measures, self.planner.config.gates, float(window.rate), still)
         if fault is None and self.twins is not None:
             twin = self.twins.twin_of(source.found.path, (sample.bucket, window.variant), measures.hashes)
             if twin:

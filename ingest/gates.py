@@ -27,7 +27,7 @@ class Measures(Record):
 
     black: float  # mean grey level of the brightest frame
     motion: float  # mean grey-level change from frame to frame
-    sharpness: float  # variance of the Laplacian, median over frames
+    detail: float  # variance of the Laplacian / variance of the picture, median over frames
     hashes: tuple[str, ...]  # hex
 
 
@@ -42,7 +42,8 @@ def measure(grey_THW: "Grey") -> Measures:
     return Measures(
         black=round(float(small.mean(axis=(1, 2)).max()), 3),
         motion=round(change, 4),
-        sharpness=round(float(np.median(laplacian.var(axis=(1, 2)))), 3),
+        # relative, because a faint drawing is no blur; and ones, because a plain wall is none either
+        detail=round(float(np.median((laplacian.var(axis=(1, 2)) + 1) / (small.var(axis=(1, 2)) + 1))), 6),
         hashes=tuple(perceptual_hash(grey_THW[index]) for index in (0, len(small) // 2, len(small) - 1)),
     )
 
@@ -69,7 +70,7 @@ def refusal(measures: Measures, gates: GatesConfig, fps: float, still: bool) -> 
             (measures.motion * fps, gates.frozen, "frozen: grey-level change per second"),
             (measures.motion, gates.min_motion, "too little motion: grey-level change per frame"),
         ]
-    checks.append((measures.sharpness, gates.min_sharpness, "blurred: variance of the Laplacian"))
+    checks.append((measures.detail, gates.min_sharpness, "blurred: variance of the Laplacian / of the picture"))
     for value, least, what in checks:
         if least is not None and value < least:
             return f"{what} {value:.3g}, wanted at least {least:g}", value

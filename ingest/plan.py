@@ -84,8 +84,9 @@ class Planner:
         self.refuse_small(facts)
         refuse_unsupported(facts)
         video, shortest = self.config.video_config, self.config.gates.min_duration
-        if shortest is not None and facts.end - facts.start < shortest:
-            raise Unusable(f"{facts.end - facts.start:.2f} s long, gates.min_duration asks for {shortest:g}")
+        length = facts.end - facts.start
+        if shortest is not None and length < shortest:
+            raise Unusable(f"too short: {length:.2f} s, gates.min_duration asks for {shortest:g}", length)
         plans = []
         for clip in cut(facts, video.max_duration, scenes):
             chosen = windows(clip, self.rule, facts.keyframes, source)
@@ -126,7 +127,7 @@ class Planner:
         shorter, least = min(facts.display_width, facts.height), self.config.video_config.min_resolution
         if shorter < least:
             raise Unusable(
-                f"too small: {facts.display_width:.0f}x{facts.height}, video_config.min_resolution is {least}"
+                f"too small: {facts.display_width:.0f}x{facts.height}, video_config.min_resolution is {least}", shorter
             )
 
     def samples(self, facts: Facts, source: str, window: Window, bars: Box | None) -> list[Sample]:

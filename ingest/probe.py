@@ -29,7 +29,11 @@ EXIF_ORIENTATION = 0x0112
 
 
 class Unusable(Exception):
-    """A source or clip that is dropped; the message is the reason, for the user."""
+    """A source or clip that is dropped; the message is the reason, for the user, with the value that was found."""
+
+    def __init__(self, reason: str, value: float | None = None) -> None:
+        super().__init__(reason)
+        self.value = value
 
 
 class Unlucky(Unusable):

@@ -14,7 +14,7 @@ from shared.shards import Index, shard_folder
 from tests.ingest.make import run_ffmpeg, run_ingest
 
 RED = (200, 40, 40)
-GATES_OFF = "gates.frozen=null gates.near_duplicate=null resolution=96"
+GATES_OFF = "gates.frozen=null gates.min_motion=null gates.near_duplicate=null resolution=96"
 MATRICES = {
     "bt709": "bt709",
     "smpte170m": "smpte170m",

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from ingest.__main__ import Order, ingest
 from ingest.gates import Duplicates, measure, perceptual_hash, refusal
 from shared.config import GatesConfig
 from shared.errors import DatasetError
+from shared.resolve import Choice
 from shared.shards import Index, read_index
+from tests.demo.dataset import write_dataset
 from tests.ingest.make import BT709, Frames, moving_square, pixels_of, run_ingest, write_video
 
 
@@ -32,7 +35,7 @@ def fate(tmp_path: Path, frames: Frames, settings: str = "") -> list[str]:
 def test_a_frozen_clip_is_dropped_unless_the_gate_is_off(tmp_path: Path) -> None:
     still = moving_square(3)[:1].repeat(16, 0)
     assert fate(tmp_path, still)[0].startswith("frozen: grey-level change per second 0")
-    assert not fate(tmp_path, still, "gates.frozen=null")
+    assert not fate(tmp_path, still, "gates.frozen=null gates.min_motion=null")
 
 
 def test_a_black_clip_is_dropped_and_a_dark_one_kept(tmp_path: Path) -> None:
@@ -41,14 +44,82 @@ def test_a_black_clip_is_dropped_and_a_dark_one_kept(tmp_path: Path) -> None:
     assert not fate(tmp_path, moving_square(3) // 4)
 
 
-def test_motion_and_blur_gates_are_off_until_they_are_set(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (16, 96, 96, 3), dtype=np.uint8)
-    assert not fate(tmp_path, noise)
-    assert fate(tmp_path, noise, "gates.max_motion=20")[0].startswith("too much motion")
-    assert fate(tmp_path, moving_square(3), "gates.min_motion=90")[0].startswith("too little motion")
-    blurred = np.stack([np.asarray(Image.fromarray(f).filter(ImageFilter.GaussianBlur(6))) for f in moving_square(3)])
-    assert fate(tmp_path, blurred, "gates.min_sharpness=60")[0].startswith("blurred")
-    assert not fate(tmp_path, moving_square(3), "gates.min_sharpness=60")
+def blurred(frames: Frames, radius: int) -> Frames:
+    return np.stack([np.asarray(Image.fromarray(frame).filter(ImageFilter.GaussianBlur(radius))) for frame in frames])
+
+
+def trembling(frames: Frames) -> Frames:
+    """One frame, in which a few grey levels go up and down: not frozen per second, but far less than any motion."""
+    still = frames[:1].repeat(len(frames), 0)
+    still[::4, 0, :20] += 6
+    return still
+
+
+def passing_door() -> Frames:
+    """A bright stripe that moves over the dark."""
+    frames = np.full((16, 256, 256, 3), 20, np.uint8)
+    for index in range(16):
+        frames[index, :, 8 * index : 8 * index + 90] = 250
+    return frames
+
+
+DRAWN = moving_square(3)
+NOISE = np.random.default_rng(0).integers(0, 255, DRAWN.shape, dtype=np.uint8)
+# gate -> (a clip that only it drops, its settings, how the reason begins, where the value lies)
+EXTREMES: dict[str, tuple[Frames, str, str, tuple[float, float]]] = {
+    "min_duration": (DRAWN[:3], "frames=1", "too short: 0.19 s, gates.min_duration asks for 0.25", (0.18, 0.2)),
+    "frozen": (DRAWN[:1].repeat(16, 0), "gates.min_motion=null", "frozen: grey-level change per second", (0, 0.3)),
+    "black": (DRAWN // 60, "", "black: mean grey level", (0, 8)),
+    "min_motion": (trembling(DRAWN), "gates.frozen=0.01", "too little motion: grey-level", (0.001, 0.02)),
+    "max_motion": (NOISE // 255 * 255 + NOISE % 2 * 254, "", "too much motion: grey-level", (60, 130)),
+    "min_sharpness": (
+        blurred(passing_door(), 16),
+        "resolution=256",
+        "blurred: variance of the Laplacian / of the picture",
+        (0, 0.002),
+    ),
+}
+
+
+@pytest.mark.parametrize("gate", EXTREMES)
+def test_each_default_drops_its_extreme_with_reason_and_value(tmp_path: Path, gate: str) -> None:
+    frames, settings, reason, (low, high) = EXTREMES[gate]
+    write_video(tmp_path / "data" / "some_board.mp4", frames)
+    (drop,) = run_to_the_end(tmp_path / "data", tmp_path / "work", settings).dropped
+    assert drop.reason.startswith(reason)
+    assert drop.value is not None
+    assert low <= drop.value <= high
+    index = run_to_the_end(tmp_path / "data", tmp_path / "work", f"{settings} gates.{gate}=null")
+    assert len(index.samples) == 1
+
+
+def test_ordinary_clips_pass_every_default(tmp_path: Path) -> None:
+    """Drawn boards, sharp and a little soft; the demo's faintest clips are red on a gray that is as bright."""
+    faint = moving_square(5) // 12 + 90
+    for name, frames in {
+        "sharp": moving_square(9),
+        "faint": faint,
+        "soft": blurred(DRAWN, 2),
+        "dark": moving_square(7) // 4,
+    }.items():
+        write_video(tmp_path / "data" / f"a_{name}_board.mp4", frames)
+    index = run_ingest(tmp_path / "data", tmp_path / "work")
+    assert (len(index.samples), index.dropped) == (4, ())
+
+
+def test_the_demo_keeps_all_of_its_clips(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    ingest(Order(tmp_path / "data", tmp_path / "work", Choice(preset="demo"), None, rehash=False))
+    index = read_index(tmp_path / "work")
+    assert (len(index.samples), index.dropped) == (32, ())
+
+
+def test_a_picture_is_not_judged_by_motion(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, picture in {"a_board": DRAWN[0], "a_plain_wall": np.full((96, 96, 3), 99, np.uint8)}.items():
+        Image.fromarray(picture).save(tmp_path / "data" / f"{name}.png")
+    index = run_ingest(tmp_path / "data", tmp_path / "work", "gates.near_duplicate=null")
+    assert (len(index.samples), index.dropped) == (2, ())
 
 
 def test_a_changed_threshold_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

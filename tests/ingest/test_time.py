@@ -21,7 +21,11 @@ from shared.shards import Index
 from tests.ingest.make import SMALL, Frames, pixels_of, run_ffmpeg, run_ingest, write_video
 
 STEP = 3  # grey levels between neighbouring frames
-OFF = "gates.frozen=null gates.black=null gates.near_duplicate=null gates.letterbox=false"
+OFF = " ".join(
+    f"gates.{gate}=null"
+    for gate in ("frozen", "black", "near_duplicate", "min_motion", "max_motion", "min_sharpness", "min_duration")
+)
+OFF += " gates.letterbox=false"
 
 
 def numbered(count: int) -> Frames:
