@@ -56,6 +56,8 @@ class Runner:
             raise Unlucky(f"took longer than {limit:.0f} s") from None
         finally:
             self.running.discard(process)
+        if process.returncode == -signal.SIGXFSZ:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # the shell's limit (ulimit -f)
         if process.returncode < 0:
             raise Unlucky(f"ffmpeg was killed: {signal.Signals(-process.returncode).name} (out of memory?)")
         if process.returncode:

@@ -16,7 +16,7 @@ from shared.resolve import Choice
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 

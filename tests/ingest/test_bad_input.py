@@ -2,7 +2,11 @@
 
 import random
 import re
-from collections.abc import Callable
+import resource
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from ingest.probe import Unlucky
 from ingest.runner import Runner
 from shared.shards import Index
 from tests.ingest.make import (
+    ROOT,
     decode,
     ingest_process,
     make_dataset,
@@ -246,6 +251,57 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path: Path) -
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert "No space left on device" in done.stderr.splitlines()[-1]
     assert len(run_ingest(data, tmp_path / "work").samples) == 3
+
+
+@contextmanager
+def small_filesystem(work: Path) -> Iterator[None]:
+    """A real file system of 128 KiB at `work`; only root may mount one."""
+    work.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", work], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", work], check=True)
+
+
+def can_mount() -> bool:
+    """Whether this process may; it tries."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with small_filesystem(Path(folder, "work")):
+                return True
+        except (subprocess.CalledProcessError, FileNotFoundError):
+            return False
+
+
+def noise_clips(data: Path) -> Path:
+    """Three clips whose samples take some 100 KiB each."""
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (16, 96, 96, 3), dtype=np.uint8)
+        write_video(data / f"noise_{number}.mp4", noise)
+    return data
+
+
+def small_files() -> None:
+    """No file of this process and its children may grow beyond 40 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_960, 40_960))
+
+
+ROOM = "resolution=96 gates.max_motion=null gates.near_duplicate=null"
+
+
+@pytest.mark.parametrize("what", ["file", *["file system"] * can_mount()])
+def test_a_small_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path: Path, what: str) -> None:
+    data, work = noise_clips(tmp_path / "data"), tmp_path / "work"
+    real = what == "file system"
+    with small_filesystem(work) if real else nullcontext():
+        command, limit = ingest_process(data, work, ROOM), None if real else small_files
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=limit)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert ("No space left on device" if real else "File too large") in done.stderr.splitlines()[-1]
+        if real:
+            subprocess.run(["mount", "-o", "remount,size=8m", work], check=True)
+        assert len(run_ingest(data, work, ROOM).samples) == 3
 
 
 def test_a_killed_or_hanging_ffmpeg_costs_the_clip_only_for_this_run(tmp_path: Path) -> None:
