@@ -113,12 +113,16 @@ def red_walls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("codec", ["x264", "lossless"])
 def test_red_survives_every_tag_matrix_range_and_depth(red_walls: Path, tmp_path: Path, codec: str) -> None:
     data, work = red_walls, tmp_path / "work"
-    found = colours(run_ingest(data, work, f"{GATES_OFF} codec={codec}"), work)
+    index = run_ingest(data, work, f"{GATES_OFF} codec={codec}")
+    found = colours(index, work)
     assert set(found) == {kind.name for kind in kinds()}
     for kind in kinds():
         own_error = np.abs(exact_rgb(data / kind.name, kind.tag, kind.span == "pc") - RED)  # of the source's 8 bits
         assert own_error.max() < 2.5, kind
         assert np.all(np.abs(found[kind.name] - RED) <= np.maximum(2, own_error + 1.5)), (kind, found[kind.name])
+    for sample in index.samples if codec == "x264" else ():
+        stored = exact_rgb(work / f"{sample.key}.mp4", "bt709", full_range=False)
+        assert np.abs(stored - RED).max() <= 2, (sample.source, stored)  # what a reader rounds off comes on top
 
 
 def test_wide_gamut_is_converted_and_hdr_is_tone_mapped(tmp_path: Path) -> None:
