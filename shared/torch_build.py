@@ -1,7 +1,8 @@
 """Which build of torch fits this machine: prints pip arguments. Run by `make setup` before anything is installed.
 
 Usage: python torch_build.py [cpu|cuda|rocm|URL]. Without an argument it looks for an NVIDIA or AMD driver. Only the
-standard library is imported. CUDA builds come from PyPI; CPU and ROCm builds from PyTorch's own index, or PyPI's when that cannot be reached.
+standard library is imported. CUDA builds come from PyPI; CPU and ROCm builds from PyTorch's own index, or PyPI's when
+that cannot be reached.
 """
 
 import shutil
