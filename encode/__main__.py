@@ -3,6 +3,7 @@
 Without a sub-command it makes what is missing or stale and says why; it can be stopped and started at any time.
 """
 
+import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 from encode.lock import writing
 from encode.plan import Part, Plan, Recipe, dataset_list, make_plan, wanted_captions
 from encode.recipe import recipes, text_recipe
-from encode.status import describe
+from encode.status import Wanted, describe, to_encode
 from shared.bucket import Bucket
 from shared.cli import Group, config_options, work_option
 from shared.errors import DatasetError, StoreError
@@ -26,6 +27,7 @@ from shared.shards import Index, index_path, read_index
 from shared.store import Kind, create_store, open_store, read_datasets, read_markers, write_dataset
 from shared.store_read import StoreReader
 from shared.store_remote import is_url
+from shared.words import counted
 
 Command = Callable[..., Any]
 EMPTY = Index(dataset="", ingest_version=0)  # no samples: only texts are made
@@ -83,10 +85,7 @@ def say(plan: Plan, index: Index) -> None:
         raise DatasetError(
             "the index has no samples: ingest kept none of the clips; see report.html in the work folder"
         )
-    for (kind, reason), count in sorted(plan.reasons.items()):
-        click.echo(f"{count} {kind}: {reason}")
-    if not plan.rows:
-        click.echo("nothing to do: every row is there and fresh")
+    click.echo(to_encode(plan) if plan.rows else "nothing to encode: every row is there and fresh")
 
 
 def check_geometry(index: Index, spec: ModelSpec) -> None:
@@ -110,14 +109,16 @@ def fits(bucket: Bucket, spec: ModelSpec) -> bool:
 @config_options
 def status(work: Path, store: Path | None, choice: Choice) -> None:
     """What the store holds, and what is missing or stale."""
+    gc.disable()  # a third of the time of reading 10,000 records, which hold no cycles
     store, resolved = store or work / "latents.zarr", resolve(choice, work / "config.json")
     markers = read_markers(open_store(store)) if store.is_dir() or not index_path(work).is_file() else []
-    plan = None
+    wanted = None
     if index_path(work).is_file():
         index = read_index(work)
-        wanted = recipes(resolved.config, resolved.spec, download=False)
-        plan = make_plan(index, wanted_captions(index, resolved.config), wanted, markers, Part())
-    click.echo("\n".join(describe(store, markers, read_datasets(store), plan)))
+        recipe = recipes(resolved.config, resolved.spec, download=False)
+        plan = make_plan(index, wanted_captions(index, resolved.config), recipe, markers, Part())
+        wanted = Wanted(plan, dataset_list(index, recipe))
+    click.echo("\n".join(describe(store, markers, read_datasets(store), wanted)))
 
 
 @main.command()
@@ -221,8 +222,8 @@ def decode(work: Path, choice: Choice, files: tuple[Path, ...], out: Path, fps: 
     from shared.weights import load_vae, torch_dtype
 
     vae = load_vae(resolved.spec, torch_dtype(resolved.config.vae.weight_dtype)).to(device())
-    for path in preview(vae, latents, out, fps or resolved.spec.fps):
-        click.echo(path)
+    *videos, sheet = preview(vae, latents, out, fps or resolved.spec.fps)
+    click.echo(f"{counted(len(videos), 'video')} in {out}, side by side in {sheet}")
 
 
 if __name__ == "__main__":

@@ -147,9 +147,9 @@ def test_a_removed_clip_leaves_the_list_and_no_unit_is_touched(work: Path, model
 @pytest.mark.parametrize(
     ("change", "kinds", "why"),
     [
-        ("vae.weight_dtype=BFLOAT_16", {"latents"}, "7 latents: stale (precision FLOAT_32 -> BFLOAT_16)"),
-        ("text_encoder.weight_dtype=BFLOAT_16", {"text"}, "text: stale (precision FLOAT_32 -> BFLOAT_16)"),
-        ("vae.tiling=true", {"latents"}, "7 latents: stale (tiling False -> True)"),
+        ("vae.weight_dtype=BFLOAT_16", {"latents"}, "7 stale latents (precision FLOAT_32 -> BFLOAT_16)"),
+        ("text_encoder.weight_dtype=BFLOAT_16", {"text"}, "stale captions (precision FLOAT_32 -> BFLOAT_16)"),
+        ("vae.tiling=true", {"latents"}, "7 stale latents (tiling False -> True)"),
     ],
 )
 def test_a_changed_setting_makes_exactly_its_part_stale(
@@ -177,7 +177,7 @@ def test_other_vae_weights_make_latents_stale_and_keep_texts(
         for path in (model / part).iterdir():
             (other / part / path.name).write_bytes(path.read_bytes())
     run(work, other)
-    assert "7 latents: stale (vae " in capsys.readouterr().out
+    assert "7 stale latents (vae " in capsys.readouterr().out
     assert {marker.kind for marker in made(store, before)} == {"latents"}
     assert not np.array_equal(StoreReader([store]).latent(read_index(work).samples[0].key), old)
 

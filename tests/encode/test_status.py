@@ -4,10 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from encode.plan import dataset_list
 from shared.files import write_json
 from shared.keys import caption_key, fingerprint
-from shared.shards import Index, SampleRecord, ShardRecord, write_index
-from shared.store import FileRecord, Marker, TextRow, create_store, marker_path
+from shared.shards import Index, SampleRecord, ShardRecord, read_index, write_index
+from shared.store import FileRecord, Marker, TextRow, create_store, marker_path, write_dataset
 from tests.e2e.commands import ROOT
 from tests.e2e.commands import run as command
 from tests.encode.test_encode import SAID, run
@@ -35,7 +36,9 @@ def large_store(work: Path) -> None:
             marker = Marker(id=unit, kind=kind, made_from={}, recipe=RECIPE, shape=(100, 48, 5, 32, 32), rows=rows,
                             captions=captions if kind == "text" else {}, files=(file,))  # fmt: skip
             write_json(marker_path(store, unit), marker.model_dump(mode="json"))
-    write_index(work, Index(dataset="large", ingest_version=1, samples=tuple(samples), shards=tuple(shards)))
+    index = Index(dataset="large", ingest_version=1, samples=tuple(samples), shards=tuple(shards))
+    write_index(work, index)
+    write_dataset(store, dataset_list(index, {"latents": RECIPE, "text": RECIPE}))
 
 
 def test_ten_thousand_samples_take_under_a_second_of_processor_time(tmp_path: Path, model: Path) -> None:
@@ -50,7 +53,7 @@ def test_ten_thousand_samples_take_under_a_second_of_processor_time(tmp_path: Pa
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert "latents: 10000 rows in 100 units, 400.0 MB" in done.stdout
-        assert "10000 latents: stale (vae another -> " in done.stdout
+        assert "10000 stale latents (vae another -> " in done.stdout
         seconds.append(float(done.stdout.split("CPU")[1]))
     assert min(seconds) < 1.0
 
@@ -58,8 +61,14 @@ def test_ten_thousand_samples_take_under_a_second_of_processor_time(tmp_path: Pa
 def test_status_says_what_encode_would_do(work: Path, model: Path) -> None:
     arguments = ("encode", "status", "--work", work, "--model", model, "--preset", "demo", "--set", SAID)
     create_store(work / "latents.zarr")
-    assert "7 latents: missing" in command(*arguments)
+    assert "to encode: 7 new latents, " in command(*arguments)
     run(work, model)
     said = command(*arguments)
     assert "latents: 7 rows in 3 units" in said
     assert "make train" in said
+    index = read_index(work)
+    write_index(work, index.model_copy(update={"samples": index.samples[1:]}))
+    assert "to do: the list of samples changed; next: make encode" in (said := command(*arguments))
+    assert "make train" not in said
+    run(work, model)
+    assert "make train" in command(*arguments)
