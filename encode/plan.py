@@ -11,8 +11,9 @@ from typing import Any
 from shared.config import Config
 from shared.errors import ConfigError
 from shared.keys import caption_key
+from shared.listing import listed_samples
 from shared.shards import Index, SampleRecord, ShardRecord
-from shared.store import DatasetList, Kind, ListedSample, Marker, recipe_key
+from shared.store import DatasetList, Kind, Marker, recipe_key
 
 ENCODE_VERSION = 1  # raised when the same weights would give other numbers
 CAPTIONS_PER_UNIT = 512  # what a crash can cost; about 0.4 GB of embeddings at 100 tokens a caption
@@ -147,19 +148,6 @@ def _shard_tasks(index: Index, freshness: Freshness, part: Part) -> list[ShardTa
 
 def dataset_list(index: Index, recipes: Mapping[Kind, Recipe]) -> DatasetList:
     """What is trained: a pure function of the index and of how rows are wanted to be made."""
-    variants: dict[str, list[SampleRecord]] = {}
-    for sample in index.samples:
-        variants.setdefault(sample.clip, []).append(sample)
     texts = {caption_key(text): text for sample in index.samples for text in sample.captions}
-    samples = tuple(_listed(clip, records) for clip, records in variants.items())
-    return DatasetList(id=index.dataset, samples=samples, texts=dict(sorted(texts.items())),
+    return DatasetList(id=index.dataset, samples=listed_samples(index), texts=dict(sorted(texts.items())),
                        recipes={kind: recipe_key(recipe) for kind, recipe in recipes.items()})  # fmt: skip
-
-
-def _listed(clip: str, records: list[SampleRecord]) -> ListedSample:
-    records = sorted(records, key=lambda record: record.variant != "plain")
-    first = records[0]
-    return ListedSample(clip=clip, keys=tuple(record.key for record in records), num_frames=first.num_frames,
-                        height=first.height, width=first.width, fps=first.fps,
-                        captions=tuple(caption_key(text) for text in first.captions), source=first.source,
-                        repeats=first.repeats, prior=first.prior, weight=first.weight, split=first.split)  # fmt: skip

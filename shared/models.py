@@ -4,6 +4,7 @@ Sources: sizes, boundary, shift, guidance and fps from Wan-Video/Wan2.2 `wan/con
 diffusers layout from huggingface/diffusers `scripts/convert_wan_to_diffusers.py`.
 """
 
+import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -187,8 +188,10 @@ def model_spec(base_model_name: str) -> ModelSpec:
     folder = Path(base_model_name).expanduser()
     if (folder / "transformer" / "config.json").is_file():
         return spec_of_folder(folder)
-    names = ", ".join((*SPECS, *TINY_NAMES))
-    raise ModelError(f"base_model_name {base_model_name!r} is neither one of {names}, nor a folder in diffusers layout")
+    names = (*SPECS, *TINY_NAMES)
+    near = difflib.get_close_matches(base_model_name.lower(), names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "give one of them, or a folder in diffusers layout"
+    raise ModelError(f"base_model_name {base_model_name!r} is none of {', '.join(names)}, nor a folder; {hint}")
 
 
 def spec_of_folder(folder: Path, name: str | None = None) -> ModelSpec:

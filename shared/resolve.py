@@ -72,6 +72,7 @@ def resolve(choice: Choice, work_config: Path | None = None) -> Resolved:
     else:
         path = preset_path(choice.preset or DEFAULT_PRESET)
         layers.append((f"preset {path.stem}", read_layer(path)))
+        layers += ingested_model(work_config)
     if choice.config is not None:
         layers.append((f"CONFIG {choice.config}", read_layer(choice.config)))
     if choice.model is not None:
@@ -85,6 +86,14 @@ def resolve(choice: Choice, work_config: Path | None = None) -> Resolved:
     config = validate(values, sources)
     refuse_unbuilt(config, sources)
     return Resolved(config, sources)
+
+
+def ingested_model(work_config: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    """A preset chosen after ingest keeps the model that was ingested for; MODEL, CONFIG and SET still win."""
+    if work_config is None or not work_config.is_file():
+        return []
+    name = read_layer(work_config).get("base_model_name")
+    return [(str(work_config), {"base_model_name": name})] if name else []
 
 
 def read_layer(path: Path) -> dict[str, Any]:
@@ -107,6 +116,8 @@ def parse_set(text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not key:
             raise ConfigError(f"SET: {part!r} is not key=value")
+        if key != key.strip():
+            raise ConfigError(f"SET: {part!r}: write key=value without spaces around =")
         try:
             parsed = json.loads(value)
         except json.JSONDecodeError:

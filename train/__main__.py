@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 import click
 
-from shared.cli import Group, config_options, path_or_none, work_option
+from shared.cli import Group, config_options, work_option
 from shared.config import OutputFormat
-from shared.errors import RunError
+from shared.errors import RunError, StoreError
 from shared.resolve import Choice
 
 # fewer lines between the user and the loss; set before torch and transformers load
@@ -38,21 +38,26 @@ def store_option(command: Command) -> Command:
     return click.option("--store", default=None, help="Stores, comma-separated. [default: WORK/latents.zarr]")(command)
 
 
-def run_option(required: bool) -> Callable[[Command], Command]:
+def run_option(command: Command) -> Command:
     """--run: the run folder."""
-    return click.option(
-        "--run",
-        type=click.Path(path_type=Path),
-        callback=path_or_none,
-        required=required,
-        help="Run folder. [default: runs/STORE-PRESET, newest unfinished]",
-    )
+    return click.option("--run", type=click.Path(path_type=Path), help="Run folder, such as runs/cats-16gb.")(command)
+
+
+def named_run(run: Path | None) -> Path:
+    """The run a command was told; raises RunError naming the newest one when it was told none."""
+    from train.run import RUNS, is_run
+
+    if run is None:
+        runs = sorted(filter(is_run, RUNS.glob("*")), key=lambda path: path.stat().st_mtime)
+        hint = f"the newest is RUN={runs[-1]}" if runs else "there is none yet; train one with: make train"
+        raise RunError(f"RUN is missing: which run? {hint}")
+    return run
 
 
 @click.group(cls=Group, invoke_without_command=True, help=HELP)
 @work_option
 @store_option
-@run_option(required=False)
+@run_option
 @click.option("--resume", type=click.Choice(["yes", "no", ""]), default="", help="no: start anew. [default: go on]")
 @config_options
 @click.pass_context
@@ -66,8 +71,10 @@ def train(
     work: Path, store: str | None, folder: Path | None, choice: Choice, resume: Literal["yes", "no"] | None
 ) -> None:
     """Choose the run, open its data, train what is left."""
+    from train.run import choose_run, is_finished, is_run, require_stores
+
+    require_stores(choose_run(choice, work, store, folder, resume).stores, work)  # before torch loads
     from train.group import join, leave
-    from train.run import choose_run, is_finished, is_run
     from train.session import start
 
     group = join()
@@ -94,7 +101,10 @@ def explain(work: Path, store: str | None, choice: Choice) -> None:
     stores = store_paths(store or None, work)
     lines = [*settings(resolved), "", *derived(resolved)]
     if all(path.is_dir() for path in stores):
-        lines += plan_lines(resolved, *open_data(resolved, stores, work))
+        try:
+            lines += plan_lines(resolved, *open_data(resolved, stores, work))
+        except StoreError as error:  # settings can be explained without data that fits them
+            lines.append(str(error))
     else:
         lines.append(missing_store(stores))
     click.echo("\n".join(lines))
@@ -118,8 +128,11 @@ def plan(work: Path, store: str | None, card: float | None, choice: Choice) -> N
     stores = store_paths(store or None, work)
     steps, samples = resolved.config.max_steps, None
     if all(path.is_dir() for path in stores):
-        data, batches = open_data(resolved, stores, work)
-        steps, samples = batches.total_steps(), len(data.train)
+        try:
+            data, batches = open_data(resolved, stores, work)
+            steps, samples = batches.total_steps(), len(data.train)
+        except StoreError:  # a plan needs no data; only the number of steps stays open
+            click.echo(f"steps: unknown, {stores[0]} does not fit this model or preset")
     click.echo("\n".join(report(resolved, card, steps, samples)))
 
 
@@ -140,7 +153,7 @@ def doctor(work: Path, ffmpeg: str | None, choice: Choice) -> None:
 
 
 @main.command()
-@run_option(required=True)
+@run_option
 @click.option("--prompt", "prompts", multiple=True, help="What to show; repeatable. [default: sample_prompts]")
 @click.option("--negative", default=None, help="What to avoid. [default: sample_negative_prompt]")
 @click.option("--seed", type=int, default=None, help="[default: sample_seed]")
@@ -150,25 +163,27 @@ def doctor(work: Path, ffmpeg: str | None, choice: Choice) -> None:
 @click.option("--base", is_flag=True, help="Without the adapter, to compare.")
 @click.option("--ema", is_flag=True, help="With the averaged weights.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: RUN/samples/]")
-def sample(run: Path, out: Path | None, base: bool, ema: bool, **wish: Any) -> None:
+def sample(run: Path | None, out: Path | None, base: bool, ema: bool, **wish: Any) -> None:
     """Make videos with a run's adapter: MP4 files and a contact sheet."""
+    folder = named_run(run)
     from train.session import sample_run
 
-    folder = sample_run(run, wish, "base" if base else "average" if ema else "weights", out)
+    folder = sample_run(folder, wish, "base" if base else "average" if ema else "weights", out)
     click.echo(f"wrote {folder}")
 
 
 @main.command()
-@run_option(required=True)
-@click.option("--format", "form", required=True, help="COMFY_LORA, DIFFUSERS_LORA, KOHYA_LORA, DIFFUSERS, SAFETENSORS.")
+@run_option
+@click.option("--format", "form", default="", help="COMFY_LORA, DIFFUSERS_LORA, KOHYA_LORA, DIFFUSERS, SAFETENSORS.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: the run folder]")
-def export(run: Path, form: str, out: Path | None) -> None:
+def export(run: Path | None, form: str, out: Path | None) -> None:
     """Write a run's newest weights in another format."""
-    from train.session import export_run
-
+    folder = named_run(run)
     if form not in (known := get_args(OutputFormat)):
         raise RunError(f"FORMAT={form}: no such format; there are {', '.join(known)}")
-    for path in export_run(run, form, out):  # type: ignore[arg-type]
+    from train.session import export_run
+
+    for path in export_run(folder, form, out):  # type: ignore[arg-type]
         click.echo(f"wrote {path}")
 
 

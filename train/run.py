@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.config import BUILT_TRAIN, Config
-from shared.errors import RunError
+from shared.errors import RunError, StoreError
 from shared.files import read_json, write_json
 from shared.models import ModelSpec
 from shared.resolve import Choice, Resolved, preset_path, refuse_unbuilt, resolve, to_json, value_at
+from shared.shards import index_path
 from shared.store_share import local_store
 
 RUNS = Path("runs")
@@ -67,6 +68,15 @@ def store_paths(store: str | None, work: Path) -> tuple[Path, ...]:
     return tuple(local_store(part) for part in parts if part) or (work / "latents.zarr",)
 
 
+def require_stores(stores: Sequence[Path], work: Path) -> None:
+    """Raise StoreError for a store that is not there, naming the command that makes it."""
+    for store in stores:
+        if not store.is_dir():
+            ingested = index_path(work).is_file()
+            mend = "make encode" if ingested else "make ingest DATA=your_videos/, then make encode"
+            raise StoreError(f"{store}: no such store; make one with: {mend}")
+
+
 def store_name(stores: Sequence[Path]) -> str:
     """Name of a store in run names: its file name, or its folder's when it has the usual one."""
     first = stores[0].absolute()
@@ -110,22 +120,26 @@ def choose_run(
         stores = stores if store else tuple(map(Path, read_json(folder / "run.json")["stores"]))
     resolved = resolve_for_train(choice, work_config)
     if folder is None:
-        folder = default_folder(f"{store_name(stores)}-{config_name(choice, resolved)}", stores, resume)
+        name = f"{store_name(stores)}-{config_name(choice, resolved)}"
+        folder = default_folder(name, stores, resume, to_json(resolved.config))
     if is_run(folder) and resume == "no":
-        raise RunError(f"{folder} holds a run already; name another folder with RUN=, or go on without RESUME=no")
+        raise RunError(f"{folder} holds a run already; name a new folder with RUN=, or go on without RESUME=no")
     if resume == "yes" and not is_run(folder):
         raise RunError(f"{folder}: there is no run to resume; start one without RESUME=yes")
     return Run(folder, resolved, stores, work)
 
 
-def default_folder(name: str, stores: Sequence[Path], resume: str | None) -> Path:
-    """runs/<name>, -2, -3 ...: the newest if it is unfinished and trains these stores, else the next that is free."""
+def default_folder(name: str, stores: Sequence[Path], resume: str | None, config: dict[str, Any]) -> Path:
+    """runs/<name>, -2, -3 ...: the newest if it trains these stores and is unfinished or of this very config; else the
+    next that is free."""
     number, newest = 1, None
     while is_run(folder := RUNS / (name if number == 1 else f"{name}-{number}")):
         number, newest = number + 1, folder
-    if newest is None or resume == "no" or is_finished(newest):
+    if newest is None or resume == "no":
         return folder
     same = read_json(newest / "run.json")["stores"] == [str(store.absolute()) for store in stores]
+    if is_finished(newest):
+        same = same and read_json(newest / "config.json") == config
     return newest if same else folder
 
 
@@ -155,7 +169,7 @@ def check_changes(run: Run) -> list[str]:
             source = run.resolved.sources[key]
             raise RunError(
                 f"{run.folder} was started with another {line} (from {source}); this cannot change in a run; "
-                "start anew with RESUME=no or RUN=another"
+                "start another with RUN=new_folder"
             )
         lines.append(f"changed since the run was started: {line}")
     return lines

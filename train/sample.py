@@ -6,6 +6,7 @@ Output: samples/<name>.safetensors, one latent per prompt, and what decode needs
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -155,7 +156,8 @@ def start_decode(latents: Path, run: Run) -> "subprocess.Popen[bytes]":
     fps = run.config.video_config.target_fps
     command += ["--fps", str(fps)] if fps else []
     with latents.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes that spin on the same cores crawl
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=one_thread)
 
 
 def encode_command(run: Run, name: str) -> list[str]:

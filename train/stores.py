@@ -12,11 +12,13 @@ from shared.config import Config
 from shared.errors import StoreError
 from shared.geometry import geometry
 from shared.keys import fingerprint
+from shared.listing import listed_samples
 from shared.models import ModelSpec
-from shared.shards import index_path
-from shared.store import ListedSample, Marker, open_store, read_datasets, recipe_key
+from shared.shards import index_path, read_index
+from shared.store import DatasetList, ListedSample, Marker, open_store, read_datasets, recipe_key
 from shared.store_read import StoreReader, fresh_units
 from train.data import EMPTY_CAPTION
+from train.run import require_stores
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,12 @@ class Dataset:
 
 def open_dataset(stores: list[Path], work: Path, config: Config, spec: ModelSpec) -> Dataset:
     """Load the dataset lists of all stores and make sure that every row a step may ask for exists."""
-    for store in stores:
-        if not store.is_dir():
-            ingested = index_path(work).is_file()
-            mend = "make encode" if ingested else "make ingest DATA=your_videos/, then make encode"
-            raise StoreError(f"{store}: no such store; make one with: {mend}")
+    require_stores(stores, work)
     lists = [dataset for store in stores for dataset in read_datasets(open_store(store))]
     samples = [sample for dataset in lists for sample in dataset.samples]
     if not samples:
         raise StoreError(f"{', '.join(map(str, stores))}: the store lists no samples; run: make encode")
+    refuse_outdated(lists, work)
     units = fitting_units([marker for store in stores for marker in fresh_units(store)], spec, stores)
     reader = StoreReader(stores, {marker.id for marker in units})
     allowed, remarks = allowed_samples(samples, config, spec)
@@ -54,6 +53,16 @@ def open_dataset(stores: list[Path], work: Path, config: Config, spec: ModelSpec
     held_out = [sample for sample in allowed if sample.split == "validation"]
     texts = {key: text for dataset in lists for key, text in dataset.texts.items()}
     return Dataset(train, held_out, reader, texts, name, remarks)
+
+
+def refuse_outdated(lists: list[DatasetList], work: Path) -> None:
+    """Raise StoreError when the work folder was ingested again and encode has not followed."""
+    if not index_path(work).is_file():
+        return
+    index = read_index(work)
+    for dataset in lists:
+        if dataset.id == index.dataset and dataset.samples != listed_samples(index):
+            raise StoreError(f"{index_path(work)} is newer than the store: its samples changed; run: make encode")
 
 
 def open_texts(stores: list[Path], spec: ModelSpec) -> StoreReader:
@@ -69,10 +78,11 @@ def fitting_units(markers: list[Marker], spec: ModelSpec, stores: list[Path]) ->
     texts = [marker for marker in markers if marker.kind == "text" and marker.text_dim == spec.text_dim]
     where, mend = ", ".join(map(str, stores)), f"encode again with: make encode MODEL={spec.name}"
     if not any(marker.kind == "latents" for marker in latents):
-        shapes = sorted({f"{marker.shape[1]} channels" for marker in markers if marker.kind == "latents"})
-        own = f"{spec.vae.channels} channels, strides {spec.vae.stride_THW}"
-        held = ", ".join(shapes) or "none"
-        raise StoreError(f"{where}: no latents for {spec.name} ({own}); the store holds {held}; {mend}")
+        channels = sorted({f"{marker.shape[1]} channels" for marker in markers if marker.kind == "latents"})
+        raise StoreError(
+            f"{where}: no latents of {spec.name}'s VAE ({spec.vae.channels} channels); those of another are there "
+            f"({', '.join(channels) or 'none'}); name the model it was encoded for with MODEL=, or {mend}"
+        )
     if not texts:
         dims = sorted({str(marker.text_dim) for marker in markers if marker.kind == "text"})
         held = ", ".join(dims) or "none"

@@ -63,3 +63,8 @@ def test_train_before_encode_names_encode(tmp_path: Path) -> None:
     line = refused("train", "--work", tmp_path / "work", "--preset", "demo", "--run", tmp_path / "run")
     assert "make encode" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "export"])
+def test_a_command_on_a_run_names_the_variable_it_lacks(command: str) -> None:
+    assert "RUN is missing" in refused("train", command)

@@ -48,7 +48,15 @@ def test_without_a_preset_the_work_folders_config_is_the_base(tmp_path: Path) ->
     left = tmp_path / "config.json"
     left.write_text((PRESETS / "cpu.json").read_text())
     assert resolve(Choice(), left).config == resolve(Choice(preset="cpu")).config
-    assert resolve(Choice(preset="demo"), left).config == resolve(Choice(preset="demo")).config
+
+
+def test_a_preset_chosen_later_keeps_the_ingested_model_unless_one_is_named(tmp_path: Path) -> None:
+    left = tmp_path / "config.json"
+    left.write_text(json.dumps(json.loads((PRESETS / "cpu.json").read_text()) | {"base_model_name": "t2v-a14b"}))
+    kept = resolve(Choice(preset="8gb"), left)
+    assert kept.config == resolve(Choice(preset="8gb", model="t2v-a14b")).config
+    assert kept.sources["base_model_name"] == str(left)
+    assert resolve(Choice(preset="8gb", model="tiny"), left).config.base_model_name == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +67,7 @@ def test_without_a_preset_the_work_folders_config_is_the_base(tmp_path: Path) ->
         (Choice(set="max_frames=9"), "did you mean video_config.max_frames"),
         (Choice(set="batch_size=0"), r"batch_size: .* \(value 0, from SET\)"),
         (Choice(set="batch_size=two"), r"batch_size: .* \(value 'two', from SET\)"),
+        (Choice(set="max_steps = 5"), "without spaces around ="),
         (Choice(set="seed"), "'seed' is not key=value"),
         (Choice(set="layer_offload_fraction=1.5"), "between 0 and 1"),
         (Choice(config=Path("no/such.json")), "no such file"),

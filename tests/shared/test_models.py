@@ -47,7 +47,7 @@ def test_names_of_the_default_model(name: str) -> None:
 
 
 def test_unknown_and_unsupported_models_are_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="'sdxl' is neither one of ti2v-5b"):
+    with pytest.raises(ModelError, match="'sdxl' is none of ti2v-5b"):
         model_spec("sdxl")
     for config in ({"_class_name": "WanVACETransformer3DModel"}, {"vace_layers": [0]}, {"image_dim": 1280}):
         with pytest.raises(ModelError, match="cannot be trained here"):

@@ -172,6 +172,7 @@ def test_other_kinds_of_adapter_are_honoured(double_stock: None, lora: dict[str,
     assert_close(lean_output(case, LeanOptions()), stock_output(case), rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_merged_disabled_and_second_adapters_are_honoured(double_stock: None) -> None:
     case = make_case("t2v", torch.float64, lora={})
     case.model.disable_adapters()

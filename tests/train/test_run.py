@@ -12,6 +12,7 @@ from shared.config import Config
 from shared.errors import ConfigError, RunError, StoreError
 from shared.models import SPECS, ModelSpec, spec_of_folder
 from shared.resolve import Choice, to_json
+from shared.shards import Index, write_index
 from shared.store import read_datasets, write_dataset
 from tests.train.make import config, events, listed, make_all, make_model, make_run, make_store, trained
 from train.__main__ import main
@@ -32,16 +33,17 @@ def begin(run: Run) -> None:
 
 def test_the_newest_unfinished_run_of_the_same_stores_goes_on(single: Made, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    stores = (single[2],)
-    assert default_folder("a", stores, None) == Path("runs/a")
+    stores, settings = (single[2],), to_json(config(single[0]))
+    assert default_folder("a", stores, None, settings) == Path("runs/a")
     begin(make_run(Path("runs/a"), config(single[0]), single[2]))
-    assert default_folder("a", stores, None) == Path("runs/a")
-    assert default_folder("a", stores, "no") == Path("runs/a-2")
-    assert default_folder("a", (tmp_path / "other.zarr",), None) == Path("runs/a-2")
+    assert default_folder("a", stores, None, settings) == Path("runs/a")
+    assert default_folder("a", stores, "no", settings) == Path("runs/a-2")
+    assert default_folder("a", (tmp_path / "other.zarr",), None, settings) == Path("runs/a-2")
     Path("runs/a/done").touch()
-    assert default_folder("a", stores, None) == Path("runs/a-2")
+    assert default_folder("a", stores, None, settings) == Path("runs/a")  # the very same is not trained twice
+    assert default_folder("a", stores, None, settings | {"seed": 77}) == Path("runs/a-2")
     begin(make_run(Path("runs/a-2"), config(single[0]), single[2]))
-    assert default_folder("a", stores, None) == Path("runs/a-2")
+    assert default_folder("a", stores, None, settings) == Path("runs/a-2")
 
 
 def test_a_run_is_named_after_store_and_preset_and_resumes_by_itself(
@@ -94,6 +96,7 @@ def test_stores_that_cannot_be_trained_are_refused_by_name(single: Made, tmp_pat
     (tmp_path / "index.json").write_text("{}")
     with pytest.raises(StoreError, match="make encode"):
         open_dataset([tmp_path / "none.zarr"], tmp_path, settings, spec)
+    (tmp_path / "index.json").unlink()
     with pytest.raises(StoreError, match=r"48 channels.*16 channels.*make encode MODEL=ti2v-5b"):
         open_dataset([store], tmp_path, settings, SPECS["ti2v-5b"])
     other = spec_of_folder(make_model(tmp_path / "other", text_dim=24))
@@ -191,3 +194,13 @@ def test_the_command_trains_two_experts_explains_and_exports(tmp_path: Path, mon
     rows = events(make_run(Path("runs/x"), config(model), store))
     steps = [(row["step"], row["expert"]) for row in rows if row["event"] == "step"]
     assert steps == [(1, "high_noise"), (2, "low_noise"), (3, "low_noise"), (4, "low_noise")]
+
+
+def test_a_store_older_than_the_index_of_its_dataset_is_refused(single: Made, tmp_path: Path) -> None:
+    model, spec, store = single
+    (dataset,) = read_datasets(store)
+    write_index(tmp_path, Index(dataset=dataset.id, ingest_version=1))
+    with pytest.raises(StoreError, match=r"newer than the store.*make encode"):
+        open_dataset([store], tmp_path, config(model), spec)
+    write_index(tmp_path, Index(dataset="another", ingest_version=1))
+    assert open_dataset([store], tmp_path, config(model), spec).train
