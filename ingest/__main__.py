@@ -17,7 +17,7 @@ from ingest.captioner import with_written_captions
 from ingest.decide import Decision, Source, decide, usable
 from ingest.discover import Dataset, discover
 from ingest.examine import Saver, changed, examine
-from ingest.index import build_index, summary
+from ingest.index import build_index, scaled_up, summary
 from ingest.ledger import Ledger, Outcome, fold_outcomes, read_ledger, write_ledger
 from ingest.pack import Kept, pack, shards_on_disk
 from ingest.plan import Planner, refuse_unknown_folders
@@ -25,7 +25,7 @@ from ingest.report import write_report
 from ingest.runner import Runner, ffmpeg_version
 from ingest.scenes import SceneJob, find_scenes
 from ingest.transcode import Job, transcode
-from shared.cli import Group, config_options, path_or_none, work_option
+from shared.cli import Group, config_options, work_option
 from shared.errors import DatasetError
 from shared.files import PART, read_json, sweep_partials, write_json
 from shared.geometry import geometry
@@ -46,9 +46,7 @@ class Order:
 
 
 @click.group(cls=Group, invoke_without_command=True)
-@click.option(
-    "--data", type=click.Path(path_type=Path), callback=path_or_none, help="Folder of videos, images, captions."
-)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of videos, images, captions.")
 @work_option
 @config_options
 @click.option("--ffmpeg", help="ffmpeg program to use in place of the one of the imageio-ffmpeg package.")
@@ -90,7 +88,7 @@ def ingest(order: Order) -> None:
         index = build_index(dataset_id(order.work), config, sources, decision, list(shards.values()))
         remarks = lint({source.found.path: source.found.captions for source in sources})
         publish(order.work, index, old, to_json(config), remarks)
-    click.echo(summary(index, remarks))
+    click.echo(summary(index, remarks, scaled_up(decision), order.work / "report.html"))
     if not index.samples:
         raise DatasetError(f"nothing of DATA={order.data} is left to train on; the reasons are above and in "
                            f"{order.work / 'report.html'}")  # fmt: skip

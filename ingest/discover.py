@@ -14,6 +14,7 @@ from ingest.caption import caption_from_name
 from ingest.tables import Table, read_tables
 from shared.errors import DatasetError
 from shared.shards import Drop
+from shared.words import counted
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".webm", ".mkv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -57,7 +58,7 @@ class Dataset:
         origins = Counter(f"from {found.origin}" if found.origin else "without" for found in self.files)
         counts = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
         skipped = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.ignored.items()))
-        return (f"{len(self.files) - images} videos, {images} images; captions: {counts}"
+        return (f"{counted(len(self.files) - images, 'video')}, {counted(images, 'image')}; captions: {counts}"
                 + (f"; files of no use here: {skipped}" if skipped else ""))  # fmt: skip
 
 

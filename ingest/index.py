@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from ingest.caption import with_prefix
 from ingest.decide import Decision, Source
 from ingest.plan import INGEST_VERSION, Sample, in_folder
 from shared.config import Config
 from shared.shards import Drop, Index, SampleRecord, ShardRecord, SourceFacts, Split
+from shared.words import counted
 
-EXAMPLES = 3  # remarks on captions that the terminal shows; the report has all
+FEW_DROPS = 5  # up to so many are named on the terminal; the report names all
 
 
 def build_index(
@@ -71,20 +73,39 @@ def split_of(config: Config, source: Source) -> Split:
     return "validation" if int(source.sha256[:8], 16) / 16**8 < held.fraction else "train"
 
 
-def summary(index: Index, remarks: Mapping[str, list[str]]) -> str:
-    """Kept and dropped, by bucket and by reason; captions that the lint remarks on."""
-    sources = {sample.source for sample in index.samples}
-    lines = [f"kept {len(index.samples)} samples of {len(sources)} files in {len(index.shards)} shards"]
+def scaled_up(decision: Decision) -> int:
+    """How many files a kept sample shows larger than they are."""
+    return len({source.found.path for source, sample in decision.kept if sample.enlarges(source.facts.pixel_aspect)})
+
+
+def summary(index: Index, remarks: Mapping[str, list[str]], small: int, report: Path) -> str:
+    """Kept and dropped, by bucket and by reason. `small`: files that are scaled up; `remarks`: of the caption lint."""
+    count = len({sample.source for sample in index.samples})
+    kept = f"{counted(len(index.samples), 'sample')} of {counted(count, 'file')}"
+    lines = [f"kept {kept} in {counted(len(index.shards), 'shard')}"]
     buckets = Counter(str(sample.bucket) for sample in index.samples)
-    lines += [f"  {count:6} in bucket {bucket}" for bucket, count in sorted(buckets.items())]
-    reasons = Counter(reason_kind(drop) for drop in index.dropped)
-    if reasons:
-        lines.append(f"dropped {sum(reasons.values())}:")
-        lines += [f"  {count:6} {reason}" for reason, count in reasons.most_common()]
+    lines += [f"  {number:6} in bucket {bucket}" for bucket, number in sorted(buckets.items())]
+    if small:
+        are = "is smaller than its bucket and is" if small == 1 else "are smaller than their bucket and are"
+        lines.append(f"{small} of {counted(count, 'file')} {are} scaled up")
+    lines += drop_lines(index.dropped)
     if remarks:
-        lines.append(f"{len(remarks)} captions worth another look, for example:")
-        lines += [f"  {caption[:60]!r}: {found[0]}" for caption, found in list(remarks.items())[:EXAMPLES]]
-    return "\n".join(lines)
+        caption, found = next(iter(remarks.items()))
+        lines.append(f"{counted(len(remarks), 'caption')} worth another look, such as {caption[:60]!r}: {found[0]}")
+    return "\n".join([*lines, f"report: {report}" + ("; next: make encode" if index.samples else "")])
+
+
+def drop_lines(dropped: tuple[Drop, ...]) -> list[str]:
+    """A few drops by file; many by kind, each with the first as example, which says what to do."""
+    if len(dropped) <= FEW_DROPS:
+        lines = [f"{drop.source}: {drop.reason}" for drop in dropped]
+    else:
+        kinds: dict[str, list[Drop]] = {}
+        for drop in dropped:
+            kinds.setdefault(reason_kind(drop), []).append(drop)
+        most = sorted(kinds.values(), key=len, reverse=True)
+        lines = [f"{len(drops):6} such as {drops[0].source}: {drops[0].reason}" for drops in most]
+    return [f"dropped {len(dropped)}:", *(f"  {line}" for line in lines)] if lines else []
 
 
 def reason_kind(drop: Drop) -> str:

@@ -49,6 +49,10 @@ class Sample:
         """Names of what is made of it: a thumbnail for people, and the sample, which stands for both being there."""
         return f"{self.key}.jpg", f"{self.key}.{self.extension}"
 
+    def enlarges(self, pixel_aspect: float) -> bool:
+        """Whether the bucket has more pixels than the content, whose pixels are `pixel_aspect` as wide as high."""
+        return self.bucket.width > self.content.width * pixel_aspect or self.bucket.height > self.content.height
+
 
 @dataclass(frozen=True)
 class ClipPlan:

@@ -16,6 +16,7 @@ from shared.files import atomic_write
 from shared.shards import Index, SampleRecord, shard_folder
 
 BINS = 8
+FEW = 20  # below this, drops are shown without being asked for
 STYLE = """
 :root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1rem;overflow-wrap:anywhere}
@@ -81,7 +82,8 @@ def dropped(index: Index) -> str:
         (drop.source if drop.start is None else f"{drop.source} at {drop.start:.2f} s", drop.reason)
         for drop in index.dropped
     )
-    return section("Dropped", f"{kinds}<details><summary>every dropped item</summary>{every}</details>")
+    shown = " open" if len(index.dropped) < FEW else ""
+    return section("Dropped", f"{kinds}<details{shown}><summary>every dropped item</summary>{every}</details>")
 
 
 def histograms(index: Index) -> str:

@@ -89,7 +89,7 @@ def test_the_layout_is_said_with_counts(tmp_path: Path) -> None:
     layout = found(
         tree(tmp_path, {"a.mp4": "", "a.txt": "ay", "b.png": "", "IMG_2.mp4": "", "x.zip": "", "y.zip": ""})
     ).layout
-    assert layout.startswith("2 videos, 1 images; captions: 1 from .txt files, 2 without")
+    assert layout.startswith("2 videos, 1 image; captions: 1 from .txt files, 2 without")
     assert layout.endswith("files of no use here: 2 .zip")
 
 

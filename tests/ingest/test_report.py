@@ -36,6 +36,7 @@ def test_the_page_names_every_sample_drop_and_remark_and_needs_no_other_file(wor
     assert all(f"board &lt;b&gt;{n}&lt;/b&gt; &amp; co" in page for n in range(6))
     assert "a_short_board.mp4" in page
     assert "too short: 0.19 s" in page
+    assert "<details open>" in page
     assert "4 words; 10 to 50 train best" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
@@ -73,6 +74,7 @@ def test_two_thousand_clips_are_written_at_once(tmp_path: Path) -> None:
     write_report(tmp_path, index, {})
     assert time.process_time() - start < 1
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
+    assert "<details>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("browser", BROWSERS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from ingest.index import drop_lines
 from shared.errors import ConfigError, DatasetError
 from shared.files import sha256_of
-from shared.shards import Index, read_index, shard_folder
+from shared.shards import Drop, Index, read_index, shard_folder
 from tests.ingest.make import (
+    ROOT,
     ingest_process,
     make_dataset,
     moving_square,
@@ -170,10 +173,40 @@ def test_a_clip_that_is_too_short_is_dropped_with_its_length(tmp_path: Path) -> 
     assert "too short: 0.25 s (16 frames/s); 5 frames at 8 frames/s need 0.62 s" in index.dropped[0].reason
 
 
-def test_a_video_without_caption_is_dropped_with_what_to_do(tmp_path: Path) -> None:
+def test_a_video_without_caption_is_dropped_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_dataset(tmp_path / "data", {"clip1.mp4": "a board", "IMG_0042.mp4": None})
     index = run_ingest(data, tmp_path / "work")
     assert [(drop.source, drop.reason.split(":")[0]) for drop in index.dropped] == [("IMG_0042.mp4", "no caption")]
+    said = capsys.readouterr().out
+    assert "1 sample of 1 file in 1 shard\n" in said
+    assert "\n  IMG_0042.mp4: no caption: write it to a .txt file of the same name, or set caption.model\n" in said
+    assert said.endswith(f"\nreport: {tmp_path / 'work' / 'report.html'}; next: make encode\n")
+
+
+def test_many_drops_are_summed_up_by_kind_with_an_example_that_says_what_to_do() -> None:
+    drops = [Drop(source=f"{n}.mp4", reason=f"too short: {n} s") for n in range(2)]
+    drops += [Drop(source=f"IMG_{n}.mp4", reason="no caption: write it") for n in range(4)]
+    assert drop_lines(tuple(drops)) == [
+        "dropped 6:",
+        "       4 such as IMG_0.mp4: no caption: write it",
+        "       2 such as 0.mp4: too short: 0 s",
+    ]
+
+
+def test_files_smaller_than_their_bucket_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_dataset(tmp_path / "data", {"large.mp4": "a board", "large2.mp4": "another board"})
+    write_video(data / "a_small_board.mp4", moving_square(9, height=48, width=48))
+    run_ingest(data, tmp_path / "work", "video_config.min_resolution=16")
+    assert "\n1 of 3 files is smaller than its bucket and is scaled up\n" in capsys.readouterr().out
+
+
+def test_the_current_folder_is_a_dataset(tmp_path: Path) -> None:
+    make_dataset(tmp_path, {"clip1.mp4": "a board"})
+    command = ingest_process(Path(), tmp_path / "work")
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "kept 1 sample of 1 file" in done.stdout
 
 
 @pytest.mark.parametrize(
