@@ -16,7 +16,14 @@ from shared.resolve import Choice
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+FULL, CLOSED, MIXED_UP = (
+    "free space, or choose another WORK",
+    "make it accessible, or choose another WORK",
+    "a file is where a folder is wanted, or a folder where a file is; move it away, or name another place",
+)
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL)
+ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES), CLOSED)
+ADVICE |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), MIXED_UP)
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
@@ -34,13 +41,10 @@ class Group(click.Group):
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(2)
         except OSError as error:
-            if error.errno not in DISK_TROUBLE:
+            if error.errno not in ADVICE:
                 raise
-            click.echo(
-                f"error: {error.strerror}: {error.filename or 'the output folder'}; free space or choose "
-                "another WORK, then run the same command again",
-                err=True,
-            )
+            place = error.filename or "the output folder"
+            click.echo(f"error: {error.strerror}: {place}; {ADVICE[error.errno]}, then run it again", err=True)
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted; the same command goes on from here", err=True)
@@ -81,9 +85,3 @@ def config_options(command: Command) -> Command:
     ):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
-
-
-def path_or_none(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """An empty make variable is no value."""
-    del context, parameter
-    return value if value is not None and str(value) not in ("", ".") else None

@@ -1,0 +1,33 @@
+"""How commands end when the disk or the user says no: in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.commands import ROOT, refused
+
+
+def python(code: str) -> str:
+    """What a program says on stderr."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False).stderr
+
+
+def test_an_interrupt_while_a_command_loads_is_one_line() -> None:
+    said = python("import shared, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    assert said == "interrupted; the same command goes on from here\n"
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert "Traceback" in python("import shared; 1 / 0")
+
+
+@pytest.mark.parametrize("inside", ["", "work"])
+def test_a_work_folder_that_is_a_file_is_refused(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a_red_ball.mp4").write_text("no video")
+    (tmp_path / "file").write_text("x")
+    line = refused("ingest", "--data", tmp_path / "data", "--work", tmp_path / "file" / inside, "--preset", "cpu")
+    assert str(tmp_path / "file") in line
+    assert "a file is where a folder is wanted" in line
