@@ -67,7 +67,7 @@ def report(verdict: Verdict, work: Path, run: Path) -> None:
 @click.option("--check/--no-check", default=True, help="Fail unless the samples show the concept and nothing is lost.")
 def main(work: Path, run: Path, settings: str, check: bool) -> None:
     """Train a first LoRA on a tiny Wan: a shape it has never seen, from drawn videos to samples before and after."""
-    config = ["--work", work, "--preset", "demo", "--set", settings]
+    config = ["--work", work, "--preset", "demo", *(["--set", settings] if settings else [])]
     click.secho(f"== Drawing a dataset: {work / 'dataset'}", bold=True)
     write_dataset(work / "dataset")
     stage("Ingest: videos to shards", "ingest", "--data", work / "dataset", *config)
