@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import click
@@ -25,6 +26,17 @@ ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL)
 ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES), CLOSED)
 ADVICE |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), MIXED_UP)
 INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One line in place of the traceback of a Ctrl-C; other exceptions keep theirs."""
+    if issubclass(kind, KeyboardInterrupt):
+        click.echo("interrupted; the same command goes on from here", err=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_quietly  # Ctrl-C while a command still loads
 
 
 class Group(click.Group):

@@ -15,12 +15,12 @@ def python(code: str) -> str:
 
 
 def test_an_interrupt_while_a_command_loads_is_one_line() -> None:
-    said = python("import shared, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    said = python("import shared.cli, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
     assert said == "interrupted; the same command goes on from here\n"
 
 
 def test_other_errors_keep_their_traceback() -> None:
-    assert "Traceback" in python("import shared; 1 / 0")
+    assert "Traceback" in python("import shared.cli; 1 / 0")
 
 
 @pytest.mark.parametrize("inside", ["", "work"])
