@@ -12,14 +12,13 @@ from typing import Any
 import click
 
 from encode.lock import writing
-from encode.plan import Part, Plan, Recipe, dataset_list, make_plan, wanted_captions
+from encode.plan import Part, Plan, Recipe, dataset_list, keyed, make_plan, wanted_captions
 from encode.recipe import recipes, text_recipe
 from encode.status import Wanted, describe, to_encode
 from shared.bucket import Bucket
 from shared.cli import Group, config_options, work_option
 from shared.errors import DatasetError, StoreError
 from shared.files import read_json
-from shared.keys import caption_key
 from shared.models import ModelSpec
 from shared.progress import progress
 from shared.resolve import Choice, Resolved, resolve
@@ -130,7 +129,7 @@ def status(work: Path, store: Path | None, choice: Choice) -> None:
 def prompts(work: Path, store: Path | None, choice: Choice, texts: tuple[str, ...], file: Path | None) -> None:
     """Embed texts into the store, where they are missing: sample prompts that were not known when it was made."""
     store, resolved = store or work / "latents.zarr", resolve(choice, work / "config.json")
-    wanted = {caption_key(text): text for text in (*texts, *(read_json(file) if file else ()))}
+    wanted = keyed((*texts, *(read_json(file) if file else ())), resolved.config)
     create_store(store)
     with writing(store, Part(), name="prompts"):
         recipe: dict[Kind, Recipe] = {"text": text_recipe(resolved.config, resolved.spec)}

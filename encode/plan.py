@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shared.concept import concept_of, text_key
 from shared.config import Config
 from shared.errors import ConfigError
 from shared.keys import caption_key
@@ -57,7 +58,7 @@ class ShardTask:
 class TextTask:
     """Captions of one unit to make."""
 
-    captions: dict[str, str]  # caption key -> text
+    captions: dict[str, str]  # text key -> text
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,16 @@ class Plan:
 
 
 def wanted_captions(index: Index, config: Config) -> dict[str, str]:
-    """Caption key -> text: captions of live samples, the empty one, negative and sample prompts."""
+    """Text key -> text: captions of live samples, the empty one, negative and sample prompts."""
     texts = ["", config.sample_negative_prompt, *config.sample_prompts]
     texts += [caption for sample in index.samples for caption in sample.captions]
-    return {caption_key(text): text for text in texts}
+    return keyed(texts, config)
+
+
+def keyed(texts: Iterable[str], config: Config) -> dict[str, str]:
+    """Text key -> text."""
+    concept = concept_of(config)
+    return {text_key(text, concept): text for text in texts}
 
 
 def make_plan(index: Index, captions: Mapping[str, str], recipes: Mapping[Kind, Recipe], markers: Iterable[Marker],

@@ -12,8 +12,9 @@ import html
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ftfy
 import numpy as np
@@ -21,7 +22,9 @@ import safetensors
 import torch
 from numpy.typing import NDArray
 
-from shared.errors import ModelError
+from shared.concept import Spans
+from shared.config import EmbeddingConfig
+from shared.errors import ConfigError, ModelError
 from shared.models import TEXT_LENGTH
 
 TOKENS_PER_BATCH = 4096  # bounds activations: 64 heads of scores in float32 are 0.5 GB for 8 texts of 512 tokens
@@ -40,6 +43,46 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         tokenizer(cleaned, truncation=True, max_length=TEXT_LENGTH, add_special_tokens=True).input_ids if texts else []
     )
     return [list(map(int, row)) for row in rows]
+
+
+class Tokens(NamedTuple):
+    """A text as the encoder reads it: token ids, and where the concept's are."""
+
+    ids: list[int]
+    spans: Spans = ()
+
+
+def tokenized(tokenizer: Any, texts: Sequence[str], concept: EmbeddingConfig | None) -> list[Tokens]:
+    """Tokens of each text; the placeholder of a concept is the tokens of its initial text, exactly token_count."""
+    plain = [text for text in texts if concept is None or concept.placeholder not in text]
+    found = dict(zip(plain, map(Tokens, token_ids(tokenizer, plain)), strict=True))
+    if concept is not None and len(plain) < len(texts):
+        learned = concept_ids(tokenizer, concept)
+        found |= {text: with_concept(tokenizer, text, concept, learned) for text in texts if text not in found}
+    return [found[text] for text in texts]
+
+
+def concept_ids(tokenizer: Any, concept: EmbeddingConfig) -> list[int]:
+    """The tokens of initial_text, repeated or cut to token_count."""
+    ids = token_ids(tokenizer, [concept.initial_text])[0][:-1]
+    if not ids:
+        raise ConfigError(f"embedding.initial_text={concept.initial_text!r} has no tokens; give it a word")
+    return list(islice(cycle(ids), concept.token_count))
+
+
+def with_concept(tokenizer: Any, text: str, concept: EmbeddingConfig, learned: list[int]) -> Tokens:
+    """Tokens of a text with the placeholder. What is between placeholders is tokenised by itself, as if apart."""
+    *pieces, last = token_ids(tokenizer, text.split(concept.placeholder))
+    ids, spans = [], []
+    for piece in pieces:
+        ids += piece[:-1]
+        spans.append((len(ids), len(learned)))
+        ids += learned
+    ids += last[:-1]
+    if spans[-1][0] + len(learned) >= TEXT_LENGTH:  # the end token needs a place too
+        raise ConfigError(f"caption {text!r}: {concept.placeholder!r} is beyond the {TEXT_LENGTH} tokens that are "
+                          "read; move it to the front, and run make ingest and make encode")  # fmt: skip
+    return Tokens([*ids[: TEXT_LENGTH - 1], last[-1]], tuple(spans))
 
 
 def length_batches(ids: Sequence[list[int]]) -> list[list[int]]:

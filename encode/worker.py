@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from encode.budget import Effort, choose_effort, encode_within_memory
 from encode.pixels import Frames, check_shard, read_samples
 from encode.plan import Plan, Recipe, ShardTask, TextTask
-from encode.text import TOKENS_IN_FLIGHT, TextEncoder, token_ids
+from encode.text import TOKENS_IN_FLIGHT, TextEncoder, Tokens, tokenized
+from shared.concept import concept_of
 from shared.config import Config
 from shared.keys import fingerprint
 from shared.models import ModelSpec
 from shared.shards import SampleRecord, shard_folder
 from shared.store import Kind
-from shared.store_write import UnitDraft, as_float16, write_latents, write_texts
+from shared.store_write import UnitDraft, as_float16, text_origin, write_latents, write_texts
 from shared.weights import load_vae, model_folder, torch_dtype
 
 Item = TypeVar("Item")
@@ -61,34 +62,30 @@ def encode_texts(job: Job, tasks: Sequence[TextTask], advance: Advance) -> None:
     """Embed the captions of each task and commit them as one unit each; nothing of the encoder stays in memory."""
     folder = model_folder(job.spec, ("text_encoder", "tokenizer"))
     encoder = TextEncoder(folder, torch_dtype(job.config.text_encoder.weight_dtype), device())
-    ids = {text: row for task in tasks for text, row in token_ids_of(encoder, task).items()}
-    for group in groups(tasks, ids):
+    every = [text for task in tasks for text in task.captions.values()]
+    tokens = dict(zip(every, tokenized(encoder.tokenizer, every, concept_of(job.config)), strict=True))
+    for group in groups(tasks, tokens):
         texts = [text for task in group for text in task.captions.values()]
-        embedded = encoder.embed([ids[text] for text in texts], advance)
+        embedded = encoder.embed([tokens[text].ids for text in texts], advance)
         rows = dict(zip(texts, embedded, strict=True))
         for task in group:
-            draft = UnitDraft(job.store, "text", {"captions": list(task.captions)}, job.recipes["text"])
-            own = list(task.captions.values())
-            write_texts(draft, task.captions, [rows[text] for text in own], [ids[text] for text in own])
+            own = task.captions.values()
+            origin = text_origin({key: tokens[text].spans for key, text in task.captions.items()})
+            draft = UnitDraft(job.store, "text", origin, job.recipes["text"])
+            write_texts(draft, task.captions, [rows[text] for text in own], [tokens[text].ids for text in own])
 
 
-def token_ids_of(encoder: TextEncoder, task: TextTask) -> dict[str, list[int]]:
-    """Text -> token ids."""
-    texts = list(task.captions.values())
-    return dict(zip(texts, token_ids(encoder.tokenizer, texts), strict=True))
-
-
-def groups(tasks: Sequence[TextTask], ids: dict[str, list[int]]) -> Iterator[list[TextTask]]:
+def groups(tasks: Sequence[TextTask], tokens: dict[str, Tokens]) -> Iterator[list[TextTask]]:
     """Tasks that pass through the encoder together: as many as their hidden states fit into host memory."""
     group: list[TextTask] = []
-    tokens = 0
+    held = 0
     for task in tasks:
-        own = sum(len(ids[text]) for text in task.captions.values())
-        if group and tokens + own > TOKENS_IN_FLIGHT:
+        own = sum(len(tokens[text].ids) for text in task.captions.values())
+        if group and held + own > TOKENS_IN_FLIGHT:
             yield group
-            group, tokens = [], 0
+            group, held = [], 0
         group.append(task)
-        tokens += own
+        held += own
     yield group
 
 

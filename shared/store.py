@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 
 from shared.bucket import Bucket
+from shared.concept import Spans
 from shared.errors import StoreError
 from shared.files import read_json, write_json
 from shared.keys import fingerprint
@@ -21,6 +22,7 @@ from shared.shards import Record, Split
 STORE_VERSION = 1
 Kind = Literal["latents", "cond", "text"]
 TEXT_CHUNK = 32  # rows of an inner chunk of a text unit; captions start on chunk boundaries
+PLACES = TypeAdapter(dict[str, tuple[tuple[NonNegativeInt, NonNegativeInt], ...]])  # of text key -> Spans
 GROUP_METADATA: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
@@ -59,6 +61,17 @@ class Marker(Record):
     def source(self) -> str:
         """Name of what the unit was made from: equal for two units that hold the same rows made the same way."""
         return fingerprint(kind=self.kind, made_from=self.made_from, recipe=self.recipe)
+
+    def spans(self, key: str) -> Spans:
+        """(first token, number of tokens) of each placeholder in a caption of a text unit."""
+        return PLACES.validate_python(self.made_from.get("spans", {})).get(key, ())
+
+    @model_validator(mode="after")
+    def _spans_are_inside(self) -> "Marker":
+        for key, spans in PLACES.validate_python(self.made_from.get("spans", {})).items():
+            if key not in self.captions or any(sum(span) > self.captions[key].count for span in spans):
+                raise ValueError(f"the spans of {key} are outside its tokens")
+        return self
 
 
 class ListedSample(Record):

@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.concept import Spans
 from shared.errors import StoreError
 from shared.store import TEXT_CHUNK, Marker, TextRow, open_store, read_datasets, read_markers, recipe_key
 
@@ -64,10 +65,11 @@ def open_array(path: Path, chunks: int) -> ArrayFile:
 
 @dataclass(frozen=True)
 class Text:
-    """One caption: embedding (S, text_dim) float16 of its S real tokens, and their ids (S,)."""
+    """One caption: embedding (S, text_dim) float16 of its S real tokens, their ids (S,), and which are a concept's."""
 
     embedding_Sd: NDArray[np.float16]
     ids_S: NDArray[np.int32]
+    spans: Spans = ()
 
 
 def fresh_units(store: Path) -> list[Marker]:
@@ -113,7 +115,7 @@ class StoreReader:
         place, folder = marker.captions[key], store / "text" / marker.id
         tokens = self._rows(folder / "tokens/c/0/0", marker, place, np.dtype(np.float16), marker.shape[1])
         ids = self._rows(folder / "ids/c/0", marker, place, np.dtype(np.int32), 1)
-        return Text(tokens, ids[:, 0])
+        return Text(tokens, ids[:, 0], marker.spans(key))
 
     def _rows(self, path: Path, marker: Marker, place: TextRow, dtype: "np.dtype[Any]", columns: int) -> NDArray[Any]:
         file = self._file(path, marker.shape[0] // TEXT_CHUNK)

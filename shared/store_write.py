@@ -5,6 +5,7 @@ A unit's id is the hash of what it was made from plus the sha256 of its data, so
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +15,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
+from shared.concept import Spans
 from shared.errors import StoreError
 from shared.files import PART, sha256_of, sync, write_json
 from shared.keys import fingerprint
@@ -99,6 +101,12 @@ def write_latents(draft: UnitDraft, keys: list[str], latents_nCThw: NDArray[np.f
     half = as_float16(latents_nCThw, keys)
     write_array(draft.folder, half, (1, *half.shape[1:]))
     return draft.commit(half.shape, rows={key: row for row, key in enumerate(keys)}, vae_kind=vae_kind)
+
+
+def text_origin(spans: Mapping[str, Spans]) -> dict[str, Any]:
+    """`made_from` of a text unit: its keys in order, and where a learned concept's tokens are, by key."""
+    placed = {key: [list(span) for span in found] for key, found in spans.items() if found}
+    return {"captions": list(spans)} | ({"spans": placed} if placed else {})
 
 
 def write_texts(

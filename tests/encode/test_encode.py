@@ -13,6 +13,7 @@ from encode.__main__ import encode
 from encode.pixels import read_samples
 from encode.plan import Part
 from encode.recipe import recipes
+from shared.concept import text_key
 from shared.errors import ConfigError, DatasetError, ModelError, StoreError
 from shared.keys import caption_key
 from shared.resolve import Choice, Resolved, resolve
@@ -281,3 +282,23 @@ def test_a_recipe_follows_the_weights_and_not_the_folder(model: Path, tmp_path: 
     config = json.loads((copy / "vae/config.json").read_text())
     (copy / "vae/config.json").write_text(json.dumps(config | {"latents_std": [2.0] * 16}))
     assert recipes(one.config, one.spec)["latents"] != recipes(two.config, settings(copy).spec)["latents"]
+
+
+def test_a_change_of_the_concept_encodes_its_captions_again_and_no_other(work: Path, model: Path) -> None:
+    index = read_index(work)
+    first = index.samples[0].model_copy(update={"captions": ("a <zorb> spins",)})
+    write_index(work, index.model_copy(update={"samples": (first, *index.samples[1:])}))
+    store, known = run(work, model), ids(work / "latents.zarr")
+    said = "training_method=EMBEDDING embedding.placeholder=<zorb> embedding.token_count=3 "
+    for more in ("embedding.initial_text=a ball", "embedding.initial_text=dogs", "embedding.token_count=5"):
+        run(work, model, said + more)
+        (unit,) = made(store, known)
+        known |= {unit.id}
+        ((key, row),) = unit.captions.items()
+        concept = settings(model, said + more).config.embedding
+        assert (row.text, key) == ("a <zorb> spins", text_key("a <zorb> spins", concept))
+        ((_, length),) = StoreReader([store]).text(key).spans
+        assert length == concept.token_count
+    run(work, model)
+    assert not made(store, known)
+    assert StoreReader([store]).text(caption_key("a <zorb> spins")).spans == ()

@@ -10,8 +10,9 @@ import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from encode.text import TOKENS_PER_BATCH, TextEncoder, clean, length_batches, token_ids
-from shared.errors import ModelError
+from encode.text import TOKENS_PER_BATCH, TextEncoder, clean, length_batches, token_ids, tokenized
+from shared.config import EmbeddingConfig
+from shared.errors import ConfigError, ModelError
 from shared.models import TEXT_LENGTH, model_spec
 from shared.weights import load_text_encoder
 from tests.encode.make import nano_model
@@ -107,3 +108,42 @@ def test_an_incomplete_encoder_is_refused(tmp_path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"block\.1\."):
         embedded(folder, ["a"])
+
+
+CONCEPT = EmbeddingConfig(placeholder="<zorb>", initial_text="a ball", token_count=3)
+
+
+def test_the_placeholder_is_the_initial_texts_tokens_repeated_or_cut(model: Path) -> None:
+    tokenizer = encoder_of(model).tokenizer
+    ids = token_ids(tokenizer, [CONCEPT.initial_text])[0][:-1]
+    for count in (1, len(ids), 2 * len(ids) + 1):
+        concept = CONCEPT.model_copy(update={"token_count": count})
+        (tokens,) = tokenized(tokenizer, ["red <zorb> rolls, <zorb>"], concept)
+        assert [length for _, length in tokens.spans] == [count, count]
+        for start, length in tokens.spans:
+            assert tokens.ids[start : start + length] == (ids * count)[:count]
+        assert tokens.ids[-1] == 1
+
+
+@pytest.mark.parametrize("text", ["<zorb>", "a red <zorb> rolls left", "  two <zorb>\n\n run &amp; <zorb> spins"])
+def test_a_placeholder_among_spaces_is_the_text_written_in_its_place(model: Path, text: str) -> None:
+    tokenizer = encoder_of(model).tokenizer
+    own = len(token_ids(tokenizer, [CONCEPT.initial_text])[0]) - 1
+    (tokens,) = tokenized(tokenizer, [text], CONCEPT.model_copy(update={"token_count": own}))
+    assert tokens.ids == token_ids(tokenizer, [text.replace("<zorb>", CONCEPT.initial_text)])[0]
+
+
+def test_texts_without_the_placeholder_are_as_without_a_concept(model: Path) -> None:
+    tokenizer = encoder_of(model).tokenizer
+    assert tokenized(tokenizer, AWKWARD, CONCEPT) == tokenized(tokenizer, AWKWARD, None)
+    assert [tokens.ids for tokens in tokenized(tokenizer, AWKWARD, None)] == token_ids(tokenizer, AWKWARD)
+
+
+def test_a_placeholder_beyond_the_last_token_is_refused(model: Path) -> None:
+    tokenizer = encoder_of(model).tokenizer
+    with pytest.raises(ConfigError, match=r"<zorb>.*512"):
+        tokenized(tokenizer, ["word " * 700 + "<zorb>"], CONCEPT)
+    (tokens,) = tokenized(tokenizer, ["<zorb> " + "word " * 700], CONCEPT)
+    assert len(tokens.ids) == TEXT_LENGTH and tokens.spans == ((0, 3),) and tokens.ids[-1] == 1
+    with pytest.raises(ConfigError, match="initial_text"):
+        tokenized(tokenizer, ["<zorb>"], CONCEPT.model_copy(update={"initial_text": " "}))

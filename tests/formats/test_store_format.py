@@ -13,7 +13,8 @@ from shared.errors import StoreError
 from shared.keys import caption_key
 from shared.store import create_store, open_store, read_datasets, read_markers
 from shared.store_read import StoreReader
-from tests.formats.stores import READERS, DirectReader, example, normal, write_captions, write_rows
+from shared.store_write import UnitDraft, text_origin, write_texts
+from tests.formats.stores import READERS, TEXT_RECIPE, DirectReader, example, normal, write_captions, write_rows
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = Path(__file__).parent / "golden_v1"
@@ -167,3 +168,18 @@ def test_stale_units_are_not_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(listed | {"recipes": listed["recipes"] | {"latents": "another recipe"}}))
     assert not StoreReader([tmp_path]).latents
     assert StoreReader([tmp_path]).texts
+
+
+def test_a_concepts_places_are_kept_and_those_outside_a_caption_refused(tmp_path: Path) -> None:
+    spans = {"key": ((1, 2), (4, 2)), "other": ()}
+    draft = UnitDraft(create_store(tmp_path), "text", text_origin(spans), TEXT_RECIPE)
+    marker = write_texts(draft, {"key": "x <c> x <c>", "other": "x"}, [normal(0, 7, 8), normal(1, 2, 8)],
+                         [[5] * 7, [5, 1]])  # fmt: skip
+    reader = StoreReader([tmp_path])
+    assert reader.text("key").spans == spans["key"] and reader.text("other").spans == ()
+    path = tmp_path / "units" / f"{marker.id}.json"
+    good = json.loads(path.read_text())
+    for bad in ({"key": [[6, 2]]}, {"key": [[-1, 1]]}, {"who": [[0, 1]]}, {"key": 5}, 5):
+        path.write_text(json.dumps(good | {"made_from": {"captions": ["key"], "spans": bad}}))
+        with pytest.raises(StoreError, match=marker.id):
+            read_markers(tmp_path)
