@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shared.config import Config
 from shared.errors import ConfigError, RunError
+from train.flow import wide
 
 ADAPTER = "default"  # peft's name for the only adapter
 
@@ -34,7 +35,7 @@ def add_adapter(transformer: Any, config: Config, seed: int) -> dict[str, nn.Par
     transformer.eval()  # dropout is switched on by those who want it
     trained = adapter_parameters(transformer)
     for parameter in trained.values():
-        parameter.data = parameter.data.float()
+        parameter.data = wide(parameter.data)
     return trained
 
 

@@ -70,6 +70,11 @@ def expert_range(expert: str, boundary: float | None) -> tuple[float, float]:
     return (boundary, 1.0) if expert == "high_noise" else (0.0, boundary)
 
 
+def wide(values: Tensor) -> Tensor:
+    """The same in float32; what is wider stays as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def interpolate(latent_BCthw: Tensor, noise_BCthw: Tensor, sigma_B: Tensor) -> Tensor:
     """Noisy latent on the straight path."""
     sigma = sigma_B.view(-1, 1, 1, 1, 1)
@@ -89,8 +94,8 @@ def pointwise(error: Tensor, kind: Literal["MSE", "HUBER"]) -> Tensor:
 
 
 def flow_loss(error_BCthw: Tensor, kind: Literal["MSE", "HUBER"] = "MSE", counted_Bt: Tensor | None = None) -> Tensor:
-    """Loss per sample (B,) of prediction - target, float32: the mean over the cells of the frames that count."""
-    loss_Bt = pointwise(error_BCthw.float(), kind).mean((1, 3, 4))
+    """Loss per sample (B,) of prediction - target, float32 or wider: the mean over the cells of frames that count."""
+    loss_Bt = pointwise(wide(error_BCthw), kind).mean((1, 3, 4))
     return loss_Bt.mean(1) if counted_Bt is None else masked_mean(loss_Bt, counted_Bt)
 
 
@@ -103,7 +108,7 @@ def difference_loss(error_BCthw: Tensor, first_frames: list[int], counted_Bt: Te
     if not first_frames:
         return error_BCthw.new_zeros(len(error_BCthw))
     index = torch.tensor(first_frames, device=error_BCthw.device)
-    error = error_BCthw.float()
+    error = wide(error_BCthw)
     change = error.index_select(2, index + 1) - error.index_select(2, index)
     pairs_Bt = counted_Bt[:, index] * counted_Bt[:, index + 1]
     return masked_mean(change.square().mean((1, 3, 4)) / 2, pairs_Bt)

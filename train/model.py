@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.config import Config
+from shared.config import Config, Dtype
 from shared.errors import ConfigError
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
-from shared.weights import load_transformer, torch_dtype
+from shared.weights import torch_dtype
 from train.condition import concat_mask
 from train.embedding import Concept
+from train.flow import wide
 from train.lean import LeanOptions, Places, Text, collate_text, lean_forward, project_text
 from train.load import load_quantized
 from train.memory import Placement, plan_for_device
@@ -71,8 +72,8 @@ def placed(transformer: Any, config: Config, device: torch.device, placement: Pl
 
 def load_trainable(spec: ModelSpec, expert: str, config: Config, device: torch.device, placement: Placement) -> Model:
     """Load an expert whose own weights are trained."""
-    storage = config.transformer.weight_dtype
-    transformer = load_transformer(spec, expert, torch_dtype(storage))
+    storage: Dtype = "FLOAT_32" if config.transformer.weight_dtype == "FLOAT_32" else config.train_dtype
+    transformer = load_quantized(spec, expert, storage, storage)
     options = placed(transformer, config, device, placement)
     return Model(transformer, device, torch_dtype(config.train_dtype), options, storage != config.train_dtype)
 
@@ -85,13 +86,13 @@ def predict(
     places: Places | None = None,
     cond_BCthw: Tensor | None = None,
 ) -> Tensor:
-    """Velocity in float32, at timesteps in [0, 1000] given in float32; `cond`: condition latents of i2v."""
+    """Velocity in float32 or wider, at timesteps in [0, 1000] given in float32; `cond`: condition latents of i2v."""
     if cond_BCthw is not None:
         noisy_BCthw = torch.cat([noisy_BCthw, concat_mask(cond_BCthw), cond_BCthw], dim=1)
     noisy = noisy_BCthw.to(model.dtype)
     with model.context():
         velocity = lean_forward(model.transformer, noisy, timestep_BK, text, places or Places(), model.options)
-    return velocity.float()
+    return wide(velocity)
 
 
 class TextBank:
