@@ -14,9 +14,10 @@ import click
 
 from ingest.caption import lint
 from ingest.captioner import with_written_captions
-from ingest.decide import Decision, Source, decide, usable
+from ingest.decide import AnyJob, Decision, Source, decide, usable
 from ingest.discover import Dataset, discover
 from ingest.examine import Saver, changed, examine
+from ingest.focus import FocusJob, find_focus
 from ingest.index import build_index, scaled_up, summary
 from ingest.ledger import Ledger, Outcome, fold_outcomes, read_ledger, write_ledger
 from ingest.pack import Kept, pack, shards_on_disk
@@ -24,7 +25,7 @@ from ingest.plan import Planner, refuse_unknown_folders
 from ingest.report import write_report
 from ingest.runner import Runner, ffmpeg_version
 from ingest.scenes import SceneJob, find_scenes
-from ingest.transcode import Job, transcode
+from ingest.transcode import transcode
 from shared.cli import Group, config_options, work_option
 from shared.errors import DatasetError
 from shared.files import PART, read_json, sweep_partials, write_json
@@ -172,7 +173,7 @@ def make_samples(
         run_jobs(order, decision.jobs, ledger)
 
 
-def run_jobs(order: Order, jobs: list[Job | SceneJob], ledger: Ledger) -> None:
+def run_jobs(order: Order, jobs: list[AnyJob], ledger: Ledger) -> None:
     """Run jobs, as many at a time as there are cores; however this returns, the ledger has all their outcomes."""
     staging = order.work / "staging"
     runner = Runner(order.ffmpeg or bundled_ffmpeg(), staging)
@@ -192,9 +193,11 @@ def run_jobs(order: Order, jobs: list[Job | SceneJob], ledger: Ledger) -> None:
         save_ledger(order.work, ledger)
 
 
-def run_job(job: Job | SceneJob, runner: Runner) -> Outcome:
-    """Do one job of either kind."""
-    return find_scenes(job, runner) if isinstance(job, SceneJob) else transcode(job, runner)
+def run_job(job: AnyJob, runner: Runner) -> Outcome:
+    """Do one job of any kind."""
+    if isinstance(job, SceneJob):
+        return find_scenes(job, runner)
+    return find_focus(job, runner) if isinstance(job, FocusJob) else transcode(job, runner)
 
 
 def bundled_ffmpeg() -> str:

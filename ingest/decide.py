@@ -9,13 +9,16 @@ from pathlib import Path
 
 from ingest.caption import names_direction
 from ingest.discover import Found
+from ingest.focus import FocusJob
 from ingest.gates import Duplicates, Measures, refusal
 from ingest.ledger import FileEntry, Learned, Ledger
-from ingest.plan import ClipPlan, Planner, Sample
+from ingest.plan import ClipPlan, Footage, Planner, Sample, focus_name
 from ingest.probe import Facts, Unusable
 from ingest.scenes import SceneJob
 from ingest.transcode import Job
 from shared.shards import Drop
+
+AnyJob = Job | SceneJob | FocusJob
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Source:
     sha256: str
     facts: Facts
 
+    def footage(self, known: Learned) -> Footage:
+        """What plans need to know of it."""
+        return Footage(self.sha256, self.facts, known.focus)
+
 
 @dataclass
 class Decision:
@@ -34,7 +41,7 @@ class Decision:
 
     kept: list[tuple[Source, Sample]] = field(default_factory=list)
     dropped: list[Drop] = field(default_factory=list)
-    jobs: list[Job | SceneJob] = field(default_factory=list)
+    jobs: list[AnyJob] = field(default_factory=list)
 
     def drop(self, source: Source, reason: str, start: float | None = None, value: float | None = None) -> None:
         """Note a drop."""
@@ -87,9 +94,9 @@ def clip_plans(source: Source, planner: Planner, known: Learned, decision: Decis
         return []
     try:
         if source.found.is_image:
-            return planner.image(facts, source.sha256)
+            return planner.image(source.footage(known))
         reversible = not any(names_direction(caption) for caption in source.found.captions)
-        return planner.video(facts, source.sha256, known.scenes or (), reversible)
+        return planner.video(source.footage(known), known.scenes or (), reversible)
     except Unusable as problem:
         decision.drop(source, str(problem), value=problem.value)
         return []
@@ -110,14 +117,28 @@ class Judge:
             self.decision.drop(source, self.planner.too_short(source.facts, plan.clip), plan.clip.start)
         elif plan.samples[0].key in known.unlucky:
             self.decision.drop(source, known.unlucky[plan.samples[0].key], plan.clip.start)
+        elif self.waits(source, plan, known):
+            return
         elif plan.look and plan.look not in known.bars:
             self.decision.jobs.append(Job(source.path, source.sha256, source.facts, plan.samples, plan.look))
         else:
             if plan.look:
-                plan = self.planner.cropped(source.facts, source.sha256, plan, known.bars[plan.look])
+                plan = self.planner.cropped(source.footage(known), plan, known.bars[plan.look])
+                if self.waits(source, plan, known):
+                    return
             missing = tuple(sample for sample in plan.samples if self.lacks(source, sample, known))
             if missing:
                 self.decision.jobs.append(Job(source.path, source.sha256, source.facts, missing))
+
+    def waits(self, source: Source, plan: ClipPlan, known: Learned) -> bool:
+        """Whether the clip's crop is not known yet; then it is to be found, or the clip is dropped."""
+        undecided = dict.fromkeys(sample.window.plain for sample in plan.samples if sample.undecided)
+        problems = [known.problem(focus_name(source.sha256, window)) for window in undecided]
+        if any(problems):
+            self.decision.drop(source, next(filter(None, problems)), plan.clip.start)
+        elif undecided:
+            self.decision.jobs.append(FocusJob(source.path, source.sha256, source.facts, tuple(undecided)))
+        return bool(undecided)
 
     def lacks(self, source: Source, sample: Sample, known: Learned) -> bool:
         """Keep or drop one sample; True when it has to be made before that can be said, or because it is kept."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from ingest.crop import Focus
 from ingest.gates import Measures
 from ingest.plan import INGEST_VERSION, Box
 from ingest.probe import Facts, Unlucky, Unusable
@@ -34,8 +35,9 @@ class Learned(Record):
 
     scenes: tuple[float, ...] | None = None
     bars: dict[str, Box | None] = Field({})
+    focus: dict[str, Focus] = Field({})
     measures: dict[str, Measures] = Field({})
-    failed: dict[str, str] = Field({})  # sample key, or "scenes" -> reason
+    failed: dict[str, str] = Field({})  # sample key, name of a focus, or "scenes" -> reason
     unlucky: dict[str, str] = Field({}, exclude=True)  # likewise, to be tried again by the next run
 
     def problem(self, name: str) -> str | None:
@@ -53,6 +55,7 @@ class Learned(Record):
         return Learned(
             scenes=self.scenes if other.scenes is None else other.scenes,
             bars=self.bars | other.bars,
+            focus=self.focus | other.focus,
             measures=self.measures | other.measures,
             failed=self.failed | other.failed,
             unlucky=self.unlucky | other.unlucky,

@@ -3,11 +3,13 @@
 A key is the hash of all that determines a sample's pixels; captions, names and dates are not in it.
 """
 
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from ingest.colour import refuse_unsupported
+from ingest.crop import Focus, busiest, cover, is_choice, middle
 from ingest.cut import STILL, Clip, Strategy, Window, WindowRule, cut, variants, windows
 from ingest.probe import Facts, Unusable
 from shared.bucket import Bucket
@@ -43,6 +45,7 @@ class Sample:
     scaled: tuple[int, int]  # width, height
     crop: tuple[int, int]  # left, top in the scaled picture
     extension: Extension
+    undecided: bool = False  # the crop waits for the energy of its window
 
     @property
     def files(self) -> tuple[str, str]:
@@ -64,6 +67,15 @@ class ClipPlan:
 
 
 @dataclass(frozen=True)
+class Footage:
+    """A source as plans see it; `focus`: energy of its windows, by focus_name, as far as it is known."""
+
+    sha256: str
+    facts: Facts
+    focus: Mapping[str, Focus] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Planner:
     """The settings that decide samples."""
 
@@ -78,13 +90,14 @@ class Planner:
         count = None if per_clip == "AUTO" else per_clip
         return WindowRule(self.geometry.num_frames, self.geometry.fps, count, strategy, self.config.seed)
 
-    def image(self, facts: Facts, source: str) -> list[ClipPlan]:
+    def image(self, source: Footage) -> list[ClipPlan]:
         """Samples of a still picture; raises Unusable."""
-        self.refuse_small(facts)
-        return [ClipPlan(Clip(0, 0), tuple(self.samples(facts, source, STILL, None)))]
+        self.refuse_small(source.facts)
+        return [ClipPlan(Clip(0, 0), tuple(self.samples(source, STILL, None)))]
 
-    def video(self, facts: Facts, source: str, scenes: tuple[float, ...], reversible: bool) -> list[ClipPlan]:
+    def video(self, source: Footage, scenes: tuple[float, ...], reversible: bool) -> list[ClipPlan]:
         """Clips of a video with their windows, not yet knowing of black bars; raises Unusable."""
+        facts = source.facts
         self.refuse_small(facts)
         refuse_unsupported(facts)
         video, shortest = self.config.video_config, self.config.gates.min_duration
@@ -93,10 +106,11 @@ class Planner:
             raise Unusable(f"too short: {length:.2f} s, gates.min_duration asks for {shortest:g}", length)
         plans = []
         for clip in cut(facts, video.max_duration, scenes):
-            chosen = windows(clip, self.rule, facts.keyframes, source)
+            chosen = windows(clip, self.rule, facts.keyframes, source.sha256)
             every = self.with_variants(chosen, clip, reversible)
-            samples = [sample for window in every for sample in self.samples(facts, source, window, None)]
-            look = fingerprint(source=source, windows=[span_of(window) for window in chosen]) if samples else None
+            samples = [sample for window in every for sample in self.samples(source, window, None)]
+            spans = [span_of(window) for window in chosen]
+            look = fingerprint(source=source.sha256, windows=spans) if samples else None
             plans.append(ClipPlan(clip, tuple(samples), look if self.config.gates.letterbox else None))
         return plans
 
@@ -110,12 +124,12 @@ class Planner:
                 spans.setdefault(span_of(variant), variant)
         return sorted(spans.values(), key=lambda window: (window.plain.first, window.plain.rate))
 
-    def cropped(self, facts: Facts, source: str, plan: ClipPlan, bars: Box | None) -> ClipPlan:
+    def cropped(self, source: Footage, plan: ClipPlan, bars: Box | None) -> ClipPlan:
         """The plan once the clip's black bars are known (None: it has none)."""
         if bars is None:
             return ClipPlan(plan.clip, plan.samples)
         chosen = dict.fromkeys(sample.window for sample in plan.samples)
-        samples = [sample for window in chosen for sample in self.samples(facts, source, window, bars)]
+        samples = [sample for window in chosen for sample in self.samples(source, window, bars)]
         return ClipPlan(plan.clip, tuple(samples))
 
     def too_short(self, facts: Facts, clip: Clip) -> str:
@@ -134,24 +148,26 @@ class Planner:
                 f"too small: {facts.display_width:.0f}x{facts.height}, video_config.min_resolution is {least}", shorter
             )
 
-    def samples(self, facts: Facts, source: str, window: Window, bars: Box | None) -> list[Sample]:
+    def samples(self, source: Footage, window: Window, bars: Box | None) -> list[Sample]:
         """One sample per distinct bucket of the resolutions asked for."""
-        content = bars or Box(0, 0, facts.width, facts.height)
-        width, height = content.width * facts.pixel_aspect, float(content.height)
-        buckets = [self.geometry.bucket(height, width, size, window.still) for size in self.geometry.resolutions]
-        return [self.sample(source, window, content, (width, height), bucket) for bucket in dict.fromkeys(buckets)]
+        content = bars or Box(0, 0, source.facts.width, source.facts.height)
+        display = content.width * source.facts.pixel_aspect, float(content.height)
+        buckets = [self.geometry.bucket(*display[::-1], size, window.still) for size in self.geometry.resolutions]
+        return [
+            self.sample(source, window, content, cover(display, bucket), bucket) for bucket in dict.fromkeys(buckets)
+        ]
 
-    def sample(self, source: str, window: Window, content: Box, display: tuple[float, float], bucket: Bucket) -> Sample:
-        """Fix scale, crop and key."""
+    def sample(self, source: Footage, window: Window, content: Box, scaled: tuple[int, int], bucket: Bucket) -> Sample:
+        """Fix crop and key."""
         extension: Extension = "mkv" if self.config.codec == "lossless" else "mp4"
         if window.still:
             extension = "png"
-        scaled = cover(display, bucket)
-        top = 0 if self.config.crop == "top" else middle(scaled[1], bucket.height)
-        crop = middle(scaled[0], bucket.width), top
+        smart = self.config.crop == "smart" and any(map(is_choice, scaled, (bucket.width, bucket.height)))
+        focus = source.focus.get(focus_name(source.sha256, window)) if smart else None
+        crop = self.crop(source.facts, content, scaled, bucket, focus)
         fps = 1.0 if window.still else self.geometry.fps
-        made = {"version": INGEST_VERSION, "source": source, "content": asdict(content), "scaled": scaled, "crop": crop,
-                "bucket": asdict(bucket), "fps": fps, "extension": extension}  # fmt: skip
+        made = {"version": INGEST_VERSION, "source": source.sha256, "content": asdict(content), "scaled": scaled,
+                "crop": crop, "bucket": asdict(bucket), "fps": fps, "extension": extension}  # fmt: skip
         return Sample(
             key=fingerprint(**made, span=span_of(window)),
             clip_key=fingerprint(**made, span=span_of(window.plain)),
@@ -162,7 +178,23 @@ class Planner:
             scaled=scaled,
             crop=crop,
             extension=extension,
+            undecided=smart and focus is None,
         )
+
+    def crop(
+        self, facts: Facts, content: Box, scaled: tuple[int, int], bucket: Bucket, focus: Focus | None
+    ) -> tuple[int, int]:
+        """(left, top) of what is kept of the scaled content."""
+        left, top = middle(scaled[0], bucket.width), middle(scaled[1], bucket.height)
+        if self.config.crop == "top":
+            top = 0
+        if focus and focus.across and is_choice(scaled[0], bucket.width):
+            part = Fraction(content.left, facts.width), Fraction(content.left + content.width, facts.width)
+            left = busiest(scaled[0], bucket.width, bytes.fromhex(focus.across), part)
+        if focus and focus.down and is_choice(scaled[1], bucket.height):
+            part = Fraction(content.top, facts.height), Fraction(content.top + content.height, facts.height)
+            top = busiest(scaled[1], bucket.height, bytes.fromhex(focus.down), part)
+        return left, top
 
 
 def span_of(window: Window) -> tuple[str, int, int, bool]:
@@ -170,19 +202,9 @@ def span_of(window: Window) -> tuple[str, int, int, bool]:
     return str(window.rate), window.first, window.count, window.reverse
 
 
-def cover(display: tuple[float, float], bucket: Bucket) -> tuple[int, int]:
-    """The least even (width, height) of the display's aspect that covers the bucket."""
-    factor = max(bucket.width / display[0], bucket.height / display[1])
-
-    def side(length: float, least: int) -> int:
-        return max(least, 2 * math.ceil(length * factor / 2 - 1e-6))
-
-    return side(display[0], bucket.width), side(display[1], bucket.height)
-
-
-def middle(side: int, kept: int) -> int:
-    """Where the middle `kept` pixels of a side begin; even, because 4:2:0 cannot be cut elsewhere."""
-    return (side - kept) // 4 * 2
+def focus_name(source: str, window: Window) -> str:
+    """Under which the energy of a window, and so of its variants, is known."""
+    return fingerprint(source=source, focus=span_of(window.plain))
 
 
 def refuse_unknown_folders(config: Config, folders: set[str]) -> None:

@@ -16,6 +16,8 @@ from shared.errors import ConfigError
 # time stamps stay those of the source, so that the grid of cut.py is the same wherever decoding begins
 GLOBAL = ("-v", "error", "-nostdin", "-xerror", "-copyts", "-start_at_zero", "-filter_complex_threads", "1")
 # ffmpeg's own decoders of these leave transparency out
+BASE_LIMIT = 120.0  # seconds a clip may always take
+PIXEL_RATE = 1.5e6  # pixels per second that the slowest machine is expected to work through
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
@@ -68,6 +70,11 @@ class Runner:
         self.stopping.set()
         for process in list(self.running):
             process.kill()
+
+
+def time_limit(facts: Facts, seconds: float, made: float = 0.0) -> float:
+    """Seconds after which work on `seconds` of a source is given up; `made`: pixels that are encoded."""
+    return BASE_LIMIT + (seconds * facts.fps * facts.width * facts.height + made) / PIXEL_RATE
 
 
 def ffmpeg_version(program: str) -> str:

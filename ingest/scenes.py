@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ingest.ledger import Learned, Outcome
 from ingest.probe import Facts, Unusable
-from ingest.runner import Runner, Stopped, compiled, source_input
+from ingest.runner import Runner, Stopped, compiled, source_input, time_limit
 from shared.files import PART, write_json
 
 SIDE = 320  # pixels of width; scene changes are seen at this size
@@ -25,9 +25,7 @@ class SceneJob:
     @property
     def limit(self) -> float:
         """Seconds after which it is given up."""
-        return (
-            120.0 + (self.facts.end - self.facts.start) * self.facts.fps * self.facts.width * self.facts.height / 1.5e6
-        )
+        return time_limit(self.facts, self.facts.end - self.facts.start)
 
 
 def find_scenes(job: SceneJob, runner: Runner) -> Outcome:

@@ -16,13 +16,11 @@ from ingest.ledger import Learned, Outcome
 from ingest.letterbox import bars_of, detector
 from ingest.plan import Box, Sample
 from ingest.probe import Facts, Unlucky, Unusable
-from ingest.runner import Runner, Stopped, compiled, source_input
+from ingest.runner import Runner, Stopped, compiled, source_input, time_limit
 from shared.files import PART, sync, write_json
 
 THUMBNAIL_WIDTH = 160  # pixels of the longer side
 WORTH_A_SEEK = 0.5  # seconds of video that cost about as much to decode as starting a process
-BASE_LIMIT = 120.0  # seconds a clip may always take
-PIXEL_RATE = 1.5e6  # pixels per second that the slowest machine is expected to work through
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,8 @@ class Job:
     @property
     def limit(self) -> float:
         """Seconds after which the clip is given up."""
-        picture = self.facts.width * self.facts.height
         made = sum(s.scaled[0] * s.scaled[1] * s.window.count for s in self.samples)
-        return BASE_LIMIT + (self.seconds * self.facts.fps * picture + made) / PIXEL_RATE
+        return time_limit(self.facts, self.seconds, made)
 
 
 def transcode(job: Job, runner: Runner) -> Outcome:

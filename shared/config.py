@@ -167,7 +167,9 @@ class Config(Strict):
     frames: int = Field(17, ge=1, description="frames per clip, brought to the nearest 4n+1, ties up")
     video_config: VideoConfig = VideoConfig()
     windows_per_clip: int | Literal["AUTO"] = Field("AUTO", description="windows cut from one clip; AUTO: at most 4")
-    crop: Literal["center", "top", "smart"] = Field("center", description="which part is kept when the aspect differs")
+    crop: Literal["center", "top", "smart"] = Field(
+        "center", description="which part is kept when the aspect differs; smart: where most moves or has edges"
+    )
     codec: Literal["x264", "lossless"] = Field("x264", description="of the clips in the shards")
     shard_megabytes: int = Field(64, ge=1, description="size of a tar shard; one shard is one unit of encode's work")
     gates: GatesConfig = GatesConfig()
@@ -269,7 +271,6 @@ class Config(Strict):
 
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
 BUILT: dict[str, tuple[Any, ...]] = {
-    "crop": ("center", "top"),
     "text_encoder.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16"),
 }
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.

@@ -11,7 +11,7 @@ import pytest
 
 from ingest.__main__ import bundled_ffmpeg
 from ingest.cut import Clip, Strategy, WindowRule, cut, grid_rate, slots, windows
-from ingest.plan import Planner
+from ingest.plan import Footage, Planner
 from ingest.probe import Facts, probe
 from ingest.runner import Runner
 from ingest.transcode import Job, transcode
@@ -63,7 +63,7 @@ def test_a_window_alone_has_the_bytes_it_has_in_company(tmp_path: Path) -> None:
     facts = probe(path.absolute())
     config = resolve(Choice(preset="cpu", set=f"{SMALL} {OFF} windows_per_clip=3 video_config.target_fps=15"))
     planner = Planner(config.config, geometry(config.config, config.spec))
-    samples = planner.video(facts, "sha", (), True)[0].samples
+    samples = planner.video(Footage("sha", facts), (), True)[0].samples
     assert len(samples) == 3
     for name, chosen in (("together", samples), ("alone", samples[2:])):
         (tmp_path / name).mkdir()
