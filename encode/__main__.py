@@ -211,16 +211,19 @@ def transfer_bar(stack: ExitStack, name: str) -> Callable[[int, int], Callable[[
               help="Safetensors file of latents; several are shown side by side.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the videos and sheet.png.")
 @click.option("--fps", type=float, help="Frames per second; default: the model's own.")
-def decode(work: Path, choice: Choice, files: tuple[Path, ...], out: Path, fps: float | None) -> None:
+@click.option("--device", type=click.Choice(["cpu"]), help="Leave the GPU alone, while a run trains on it.")
+def decode(
+    work: Path, choice: Choice, files: tuple[Path, ...], out: Path, fps: float | None, device: str | None
+) -> None:
     """Decode latents to MP4 files and one contact sheet."""
     from encode.preview import preview, read_latents
 
     resolved = resolve(choice, work / "config.json")
     latents = [read_latents(path) for path in files]
-    from encode.worker import device
+    from encode.worker import device as best_device
     from shared.weights import load_vae, torch_dtype
 
-    vae = load_vae(resolved.spec, torch_dtype(resolved.config.vae.weight_dtype)).to(device())
+    vae = load_vae(resolved.spec, torch_dtype(resolved.config.vae.weight_dtype)).to(device or best_device())
     *videos, sheet = preview(vae, latents, out, fps or resolved.spec.fps)
     click.echo(f"{counted(len(videos), 'video')} in {out}, side by side in {sheet}")
 

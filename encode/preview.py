@@ -6,6 +6,7 @@ of every file beside each other, under one label.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from shared.files import atomic_write
 
 Frames = NDArray[np.uint8]  # (T, H, W, C)
 SHOWN = 5  # frames of a clip on the sheet, evenly spaced
+SHEET_SIDE = 320  # pixels of a frame's longer side on a sheet of previews, at most: a few hundred kB each
 TEXT_HEIGHT, GAP = 14, 8  # pixels
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -99,10 +101,21 @@ def contact_sheet(columns: dict[str, list[Frames]], labels: list[str]) -> Image.
     return sheet
 
 
+def shrunk(frames_THWC: Frames) -> Frames:
+    """The frames that a sheet shows, at its size."""
+    chosen = frames_THWC[shown(len(frames_THWC))]
+    factor = max(1, math.ceil(max(frames_THWC.shape[1:3]) / SHEET_SIDE))
+    return np.stack([np.asarray(Image.fromarray(frame).reduce(factor)) for frame in chosen])
+
+
+def shown(count: int) -> NDArray[np.int64]:
+    """Numbers of the frames on a sheet."""
+    return np.linspace(0, count - 1, min(SHOWN, count)).round().astype(np.int64)
+
+
 def strip(frames_THWC: Frames) -> Image.Image:
     """A few frames of a clip beside each other."""
-    chosen = np.linspace(0, len(frames_THWC) - 1, min(SHOWN, len(frames_THWC))).round().astype(int)
-    return Image.fromarray(np.concatenate(list(frames_THWC[chosen]), axis=1))
+    return Image.fromarray(np.concatenate(list(frames_THWC[shown(len(frames_THWC))]), axis=1))
 
 
 def write_sheet(path: Path, sheet: Image.Image) -> None:
@@ -117,10 +130,12 @@ def preview(vae: Any, files: list[Latents], out: Path, fps: float) -> list[Path]
     columns: dict[str, list[Frames]] = {}
     for number, latents in enumerate(files):
         name = latents.name if latents.name not in columns else f"{latents.name}-{number}"
-        columns[name] = [decode_latent(vae, latent_CThw) for _, latent_CThw in latents.clips]
-        for clip, frames_THWC in enumerate(columns[name]):
+        columns[name] = []
+        for clip, (_, latent_CThw) in enumerate(latents.clips):
+            frames_THWC = decode_latent(vae, latent_CThw)
             written.append(out / f"{name}_{clip}.mp4")
             write_mp4(written[-1], frames_THWC, fps)
+            columns[name].append(shrunk(frames_THWC))
     labels = [label for label, _ in max((latents.clips for latents in files), key=len)]
     write_sheet(out / "sheet.png", contact_sheet(columns, labels))
     return [*written, out / "sheet.png"]

@@ -6,6 +6,7 @@ Rows of events.jsonl are equal for equal runs, except their `timing`. On resume 
 import json
 import os
 import resource
+import struct
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+PNG_SIZE = struct.Struct(">16xII")  # width and height lie behind signature and chunk header (PNG, 11.2.1 IHDR)
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
 SMOOTH = 0.95  # decay of the loss average that is shown
 
@@ -82,6 +84,13 @@ class RunLog:
         value = Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
         self.board.add_event(Event(step=0, wall_time=time.time(), summary=Summary(value=[value])))
 
+    def picture(self, tag: str, step: int, png: bytes) -> None:
+        """A picture for TensorBoard's image page, passed on as it is."""
+        width, height = PNG_SIZE.unpack_from(png)
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+        value = Summary.Value(tag=tag, image=image)
+        self.board.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
+
     def step(self, row: dict[str, Any], samples: int, waited: float) -> None:
         """One update: `row` holds step, loss, lr, grad_norm; `waited` are the seconds it waited for data."""
         now = time.perf_counter()
@@ -143,6 +152,9 @@ class NoLog(RunLog):
         """Nothing."""
 
     def text(self, tag: str, text: str) -> None:
+        """Nothing."""
+
+    def picture(self, tag: str, step: int, png: bytes) -> None:
         """Nothing."""
 
     def step(self, row: dict[str, Any], samples: int, waited: float) -> None:

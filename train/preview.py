@@ -1,10 +1,16 @@
-"""Previews of a run: sample with the DiT at hand, decode in child processes, hand latents from expert to expert."""
+"""Previews of a run: sample with the DiT at hand, decode in child processes, hand latents from expert to expert.
 
+A decoder's contact sheet goes to TensorBoard. Previews that were not decoded when a run stopped are when it goes on.
+"""
+
+import json
 import subprocess
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from train.group import Group
@@ -24,7 +30,9 @@ from train.sample import (
     write_latents,
 )
 
+Row = dict[str, Any]  # of events.jsonl
 DECODE_SECONDS = 1800.0  # how long the end of a run waits for a decoder
+BESIDE_TRAINING = "cpu"  # where decoders run: memory of the GPU belongs to the step
 
 
 class Previews:
@@ -34,10 +42,11 @@ class Previews:
         self.run, self.log = run, log
         scene = scene_of(run.config, run.spec)
         self.scene = scene if group.first else replace(scene, prompts=())
-        self.waiting: list[Path] = []  # to be decoded
-        self.decoding = Path()
+        self.waiting: list[Row] = []  # to be decoded
+        self.decoding: Row = {}
         self.child: subprocess.Popen[bytes] | None = None
         if self.scene.prompts:
+            self.waiting = undecoded(run.folder)
             self.reader = ensure_texts(self.scene.texts, run)
             self.cond = scene_conditions(self.scene, run)
 
@@ -71,38 +80,56 @@ class Previews:
             self._write(handed, state)
         path = self.folder / f"{name}{'' if phase.expert == 'single' else '_' + phase.expert}.safetensors"
         self._write(path, clean if phase.expert == "high_noise" else state)
-        self.waiting.append(path)
+        row = {"event": "preview", "step": step, "expert": phase.expert, "file": f"samples/{path.name}"}
+        self.log.row(row)
+        self.waiting.append(row)
         self.decode_next()
-        self.log.row({"event": "preview", "step": step, "expert": phase.expert, "file": f"samples/{path.name}"})
 
     def _write(self, path: Path, latents: Tensor) -> None:
         write_latents(path, latents, self.scene.prompts, self.run.spec, self.run.config)
 
-    def decode_next(self) -> None:
+    def decode_next(self, device: str = BESIDE_TRAINING) -> None:
         """Start the next decoder when none is at work: one at a time, so that training keeps its memory."""
         if self.child is not None and self.child.poll() is None:
             return
         self._collect()
         if self.waiting:
             self.decoding = self.waiting.pop(0)
-            self.child = start_decode(self.decoding, self.run)
+            self.child = start_decode(self.latents, self.run, device)
+
+    @property
+    def latents(self) -> Path:
+        """The file that is being decoded."""
+        return self.run.folder / str(self.decoding["file"])
 
     def finish(self) -> None:
-        """Wait for the decoders; the latents of those that fail stay."""
+        """Wait for the decoders, which may have the GPU now; the latents of those that fail stay."""
+        torch.cuda.empty_cache()
         while self.waiting or self.child is not None:
             if self.child is not None:
-                self.log.say(f"waiting for the decoder of {self.decoding.name}")
+                self.log.say(f"waiting for the decoder of {self.latents.name}")
                 with suppress(subprocess.TimeoutExpired):
                     self.child.wait(DECODE_SECONDS)
             self._collect()
-            self.decode_next()
+            self.decode_next(device="")
 
     def _collect(self) -> None:
+        """Take what the decoder made, when there was one."""
         if self.child is None:
             return
         if self.child.poll() is None:
             self.child.kill()
-        if self.child.wait() != 0:
-            path = self.decoding
-            self.log.say(f"{path} could not be decoded, see {path.with_suffix('.log')}; the latents are kept")
+        if self.child.wait() == 0:
+            sheet = self.latents.with_suffix("") / "sheet.png"
+            self.log.picture(f"preview/{self.decoding['expert']}", self.decoding["step"], sheet.read_bytes())
+        else:
+            log = self.latents.with_suffix(".log")
+            self.log.say(f"{self.latents} could not be decoded, see {log}; the latents are kept")
         self.child = None
+
+
+def undecoded(folder: Path) -> list[Row]:
+    """Event rows of the previews whose decoder did not come to its end."""
+    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    files = [(row, folder / row["file"]) for row in rows if row["event"] == "preview"]
+    return [row for row, file in files if file.is_file() and not (file.with_suffix("") / "sheet.png").is_file()]

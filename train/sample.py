@@ -150,14 +150,22 @@ def read_latents(path: Path) -> Tensor:
         return torch.stack([file.get_tensor(name) for name in sorted(file.keys(), key=int)])
 
 
-def start_decode(latents: Path, run: Run) -> "subprocess.Popen[bytes]":
-    """Decode a preview file to MP4 and a contact sheet in its own folder, in a child process; output goes to a log."""
+def start_decode(latents: Path, run: Run, device: str = "") -> "subprocess.Popen[bytes]":
+    """Decode a preview file to MP4 and a contact sheet in its own folder, in a child process; output goes to a log.
+
+    `device`: 'cpu', or empty for the GPU where there is one.
+    """
     command = [*encode_command(run, "decode"), "--latents", str(latents), "--out", str(latents.with_suffix(""))]
+    command += ["--device", device] if device else []
     fps = run.config.video_config.target_fps
     command += ["--fps", str(fps)] if fps else []
+    # two processes that spin on the same cores crawl; beside a GPU most cores are idle
+    threads = max(1, (os.cpu_count() or 2) // 2) if torch.cuda.is_available() else 1
     with latents.with_suffix(".log").open("wb") as log:
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes that spin on the same cores crawl
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=one_thread)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
 
 
 def encode_command(run: Run, name: str) -> list[str]:

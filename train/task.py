@@ -169,6 +169,7 @@ class Task:
         if end or self.stopping or self.backup.after(self.done):
             self.write_checkpoint(learner, phase, must=bool(end or self.stopping))
         self.stop_if_asked()
+        self.previews.decode_next()
         self.log.resume_clock()
 
     def stop_if_asked(self) -> None:
