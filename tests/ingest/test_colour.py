@@ -1,12 +1,14 @@
 """A red patch keeps its colour through every tag, matrix, range and depth, and in every reader."""
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from ingest.__main__ import bundled_ffmpeg
@@ -14,6 +16,7 @@ from shared.shards import Index, shard_folder
 from tests.ingest.make import run_ffmpeg, run_ingest
 
 RED = (200, 40, 40)
+Reader = Callable[[Path], NDArray[np.float64]]
 GATES_OFF = "gates.frozen=null gates.min_motion=null gates.near_duplicate=null resolution=96"
 MATRICES = {
     "bt709": "bt709",
@@ -40,22 +43,61 @@ def patch(path: Path, size: str, *options: str) -> None:
     path.with_suffix(".txt").write_text(f"a red wall called {path.stem}")
 
 
-def colours(index: Index, work: Path) -> dict[str, NDArray[np.float64]]:
-    """Mean RGB per source, by PyAV's own conversion from the tags."""
+def by_pyav(path: Path, flags: int = Interpolation.BILINEAR) -> NDArray[np.float64]:
+    """Mean RGB of the first frame by PyAV's own conversion from the tags."""
+    with av.open(path) as container:
+        frame = next(container.decode(video=0))
+        return frame.to_ndarray(format="rgb24", interpolation=flags).mean(axis=(0, 1))
+
+
+def by_ffmpeg(path: Path, *options: str) -> NDArray[np.float64]:
+    """Likewise by ffmpeg."""
+    raw = subprocess.run(
+        [
+            bundled_ffmpeg(),
+            "-v",
+            "error",
+            "-i",
+            path,
+            "-frames:v",
+            "1",
+            *options,
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-",
+        ],
+        capture_output=True,
+        check=True,
+    ).stdout
+    return np.frombuffer(raw, np.uint8).reshape(-1, 3).mean(axis=0)
+
+
+# by default swscale, in PyAV and in ffmpeg, cuts off what lies behind the point; asked for accurate_rnd it rounds
+CUTTING: tuple[Reader, ...] = (by_pyav, by_ffmpeg)
+ROUNDING: tuple[Reader, ...] = (
+    lambda path: by_pyav(path, Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT),
+    lambda path: by_ffmpeg(path, "-sws_flags", "bicubic+accurate_rnd+full_chroma_int"),
+    lambda path: by_ffmpeg(path, "-vf", "zscale=matrix=gbr:range=full,format=gbrp"),
+)
+
+
+def unpacked(index: Index, work: Path) -> dict[str, Path]:
+    """The sample of each source, as a file; tagged BT.709 limited range."""
     found = {}
     for sample in index.samples:
         subprocess.run(["tar", "xf", shard_folder(work) / sample.shard, "-C", work], check=True)
-        with av.open(work / f"{sample.key}.{sample.extension}") as container:
+        found[sample.source] = work / f"{sample.key}.{sample.extension}"
+        with av.open(found[sample.source]) as container:
             frame = next(container.decode(video=0))
             assert sample.extension != "mp4" or (int(frame.colorspace), int(frame.color_range)) == (1, 1)
-            found[sample.source] = frame.to_ndarray(format="rgb24").mean(axis=(0, 1))
-        command = [bundled_ffmpeg(), "-v", "error", "-i", work / f"{sample.key}.{sample.extension}", "-frames:v", "1"]
-        raw = subprocess.run(
-            [*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True
-        ).stdout
-        by_ffmpeg = np.frombuffer(raw, np.uint8).reshape(-1, 3).mean(axis=0)
-        assert np.abs(by_ffmpeg - found[sample.source]).max() <= 2
     return found
+
+
+def colours(index: Index, work: Path) -> dict[str, NDArray[np.float64]]:
+    """Mean RGB per source."""
+    return {name: by_pyav(path) for name, path in unpacked(index, work).items()}
 
 
 def exact_rgb(path: Path, matrix: str, full_range: bool) -> NDArray[np.float64]:
@@ -110,19 +152,46 @@ def red_walls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-@pytest.mark.parametrize("codec", ["x264", "lossless"])
-def test_red_survives_every_tag_matrix_range_and_depth(red_walls: Path, tmp_path: Path, codec: str) -> None:
-    data, work = red_walls, tmp_path / "work"
-    index = run_ingest(data, work, f"{GATES_OFF} codec={codec}")
-    found = colours(index, work)
+@pytest.fixture(scope="module")
+def red_samples(red_walls: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The x264 sample of each kind."""
+    work = tmp_path_factory.mktemp("samples") / "work"
+    found = unpacked(run_ingest(red_walls, work, GATES_OFF), work)
     assert set(found) == {kind.name for kind in kinds()}
+    return found
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
+def test_red_survives_every_tag_matrix_range_and_depth(
+    red_walls: Path, red_samples: dict[str, Path], kind: Kind
+) -> None:
+    """Within 2 levels, in what is stored and in every reader that rounds.
+
+    Readers that cut off show up to 1.9 levels less than is stored. One kind, 8-bit BT.2020 of full range, comes with a
+    red that is 1.5 levels too dark itself (its file can hold no nearer one), so there they are 3 off, and they show its
+    source 2 off.
+    """
+    source, sample = red_walls / kind.name, red_samples[kind.name]
+    given, stored = exact_rgb(source, kind.tag, kind.span == "pc"), exact_rgb(sample, "bt709", full_range=False)
+    assert np.abs(given - RED).max() < 1.7, "what the source's own 8 bits can hold"
+    assert np.abs(stored - RED).max() <= 2
+    for read in ROUNDING:
+        assert np.abs(read(sample) - RED).max() <= 2
+    for read in CUTTING:
+        shown = read(sample)
+        assert (np.abs(shown - RED).max() <= 2) != (kind.name == "bt2020nc_pc_yuv420p_tagged.mp4"), shown
+        assert np.all((stored - shown > -0.7) & (stored - shown < 1.9)), "they cut off"
+    for read in (*CUTTING, *ROUNDING) if kind.tagged else ():
+        assert np.abs(read(sample) - read(source)).max() <= 2, "a reader sees in the sample what it saw in the source"
+
+
+def test_red_survives_without_loss(red_walls: Path, tmp_path: Path) -> None:
+    """The lossless codec holds RGB: what every reader shows is what is stored."""
+    found = unpacked(run_ingest(red_walls, tmp_path / "work", f"{GATES_OFF} codec=lossless"), tmp_path / "work")
     for kind in kinds():
-        own_error = np.abs(exact_rgb(data / kind.name, kind.tag, kind.span == "pc") - RED)  # of the source's 8 bits
-        assert own_error.max() < 2.5, kind
-        assert np.all(np.abs(found[kind.name] - RED) <= np.maximum(2, own_error + 1.5)), (kind, found[kind.name])
-    for sample in index.samples if codec == "x264" else ():
-        stored = exact_rgb(work / f"{sample.key}.mp4", "bt709", full_range=False)
-        assert np.abs(stored - RED).max() <= 2, (sample.source, stored)  # what a reader rounds off comes on top
+        shown = by_pyav(found[kind.name])
+        assert np.abs(shown - RED).max() <= 2, kind
+        assert np.array_equal(shown, by_ffmpeg(found[kind.name]))
 
 
 def test_wide_gamut_is_converted_and_hdr_is_tone_mapped(tmp_path: Path) -> None:
