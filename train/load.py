@@ -1,10 +1,12 @@
-"""A DiT from disk straight into its storage dtype, one matrix at a time. Input: model facts. Output: a frozen DiT.
+"""A DiT from disk straight into its storage dtype, some rows at a time. Input: model facts. Output: a frozen DiT.
 
-Weights are read through memory maps, stored as they come, and let go: beyond the stored bytes only one matrix is in
-memory at a time (an A14B expert would take 28 GB in 16 bits). The result is saved beside the model once, under a name
-made from the content of its files, and mapped from there at the next start.
+Weights are read through memory maps, some rows of a matrix at a time, into tensors that were made before the first was
+read: beyond the stored bytes some 100 MB are in memory (an A14B expert would take 28 GB in 16 bits). What is quantised
+is saved beside the model once, under a name made from the content of its files, and mapped from there at the next
+start.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,11 +27,22 @@ from shared.files import atomic_write, read_json, write_json
 from shared.keys import fingerprint
 from shared.models import ModelSpec, refuse_unsupported
 from shared.progress import progress
-from shared.weights import load_transformer, model_folder, weights_fingerprint
-from train.quantize import SCHEMES, TORCH_DTYPES, QuantizedLinear, frozen_linears, replace_module, store
+from shared.weights import model_folder, weights_fingerprint
+from train.quantize import (
+    NF4_BLOCK,
+    SCHEMES,
+    TORCH_DTYPES,
+    QuantizedLinear,
+    Stored,
+    frozen_linears,
+    lasting,
+    replace_module,
+    store_rows,
+)
 
 STORAGE_VERSION = 1  # raise it when codes or their layout change
 SAVED = "prewan"  # sub-folder of the model folder
+PIECE = 1 << 24  # weights read at a time
 SAVE_ABOVE = 256 << 20  # bytes; smaller models are stored anew in less time than a file is worth
 
 
@@ -40,13 +53,12 @@ def load_quantized(
 
     Raises ModelError when files are missing, damaged or of another model.
     """
-    if TORCH_DTYPES.get(dtype) == TORCH_DTYPES[train_dtype]:
-        return load_transformer(spec, expert, TORCH_DTYPES[dtype])
     part = dict(spec.expert_folders)[expert]
     folder = model_folder(spec, (part,))
-    transformer = skeleton(folder / part, dtype)
+    plain = TORCH_DTYPES.get(dtype) == TORCH_DTYPES[train_dtype]
+    transformer = skeleton(folder / part, None if plain else dtype)
     size = sum(path.stat().st_size for path in (folder / part).glob("*.safetensors"))
-    saved = saved_path(folder, part, dtype, train_dtype) if size >= save_above else None
+    saved = saved_path(folder, part, dtype, train_dtype) if size >= save_above and not plain else None
     state = read_saved(saved) if saved else None
     if state is None:
         state = stored_state(transformer, folder / part, dtype, train_dtype)
@@ -56,13 +68,14 @@ def load_quantized(
     return transformer.eval().requires_grad_(False)
 
 
-def skeleton(source: Path, dtype: StorageDtype) -> Any:
-    """The DiT of a sub-folder's config.json without weights, its block linears ready for stored ones."""
+def skeleton(source: Path, dtype: StorageDtype | None) -> Any:
+    """The DiT of a sub-folder's config.json without weights, its block linears ready for stored ones, if any."""
     config = WanTransformer3DModel.load_config(source, local_files_only=True)
     refuse_unsupported(config, str(source))
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(config).requires_grad_(False)
-    hold_stored(transformer, dtype)
+    if dtype is not None:
+        hold_stored(transformer, dtype)
     return transformer
 
 
@@ -92,22 +105,44 @@ def dit_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def stored_state(transformer: Any, source: Path, dtype: StorageDtype, train_dtype: Dtype) -> dict[str, Tensor]:
-    """Read every weight of a sub-folder and convert it; at most one is in memory unconverted."""
+    """Read every weight of a sub-folder and convert it, some rows at a time.
+
+    All results are made first: what lasts, allocated between what is soon freed, would leave holes in the heap.
+    """
     linears = {name for name, module in transformer.named_modules() if isinstance(module, QuantizedLinear)}
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors_of(source):
+    state = {name: lasting(as_kept(transformer, name, part, train_dtype, linears))
+             for name, part in transformer.state_dict().items()}  # fmt: skip
+    wanted = {name: list(part.shape) for name, part in state.items() if name.rpartition(".")[0] not in linears}
+    for name in linears:
+        linear = transformer.get_submodule(name)
+        wanted[f"{name}.weight"] = [linear.out_features, linear.in_features]
+        if linear.bias is not None:
+            wanted[f"{name}.bias"] = [linear.out_features]
+    refuse_other_weights(source, wanted)
+    for name, first, rows in pieces_of(source):
         module = name.removesuffix(".weight")
         if module in linears:
-            state[f"{module}.codes"], state[f"{module}.scale"] = store(tensor, dtype, name, quantizing_device())
+            into = Stored(state[f"{module}.codes"], state[f"{module}.scale"])
+            store_rows(rows, into, dtype, first, name, quantizing_device())
         else:
-            kept = torch.float32 if keeps_float32(transformer, name) else TORCH_DTYPES[train_dtype]
-            state[name] = tensor.to(kept, copy=True)  # a copy, or the map of the whole file would stay
-    expected = set(transformer.state_dict())
-    if state.keys() != expected:
-        odd = sorted(state.keys() ^ expected)
+            state[name][first : first + len(rows)] = rows
+    return state
+
+
+def as_kept(transformer: Any, name: str, part: Tensor, train_dtype: Dtype, linears: set[str]) -> Tensor:
+    """A tensor of the state without data, in the dtype in which it is kept."""
+    module, _, last = name.rpartition(".")
+    if module in linears and last != "bias":
+        return part
+    return part.to(torch.float32 if keeps_float32(transformer, name) else TORCH_DTYPES[train_dtype])
+
+
+def refuse_other_weights(source: Path, wanted: dict[str, list[int]]) -> None:
+    """Raise ModelError when names or shapes in a folder's files are not those of its config.json."""
+    found = {name: shape for path in weight_files(source) for name, shape in shapes_of(path).items()}
+    if odd := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         raise ModelError(f"{source} does not hold the weights of its config.json: {len(odd)} differ, such as {odd[0]}; "
                          "download it again")  # fmt: skip
-    return state
 
 
 def quantizing_device() -> torch.device:
@@ -115,23 +150,33 @@ def quantizing_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def tensors_of(source: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and memory-mapped tensors of all safetensors files in a folder; a map is closed before the next opens."""
-    names = [(path, name) for path in sorted(source.glob("*.safetensors")) for name in names_of(path)]
-    if not names:
-        raise ModelError(f"{source} has no .safetensors file; it must be a complete model folder in diffusers layout")
+def weight_files(source: Path) -> list[Path]:
+    """The safetensors files of a folder."""
+    if paths := sorted(source.glob("*.safetensors")):
+        return paths
+    raise ModelError(f"{source} has no .safetensors file; it must be a complete model folder in diffusers layout")
+
+
+def pieces_of(source: Path) -> Iterator[tuple[str, int, Tensor]]:
+    """(name, first row, memory-mapped rows) of all tensors of a folder, in order.
+
+    A map is closed before the next opens: pages that were read count as this process's until then.
+    """
+    names = [(path, name, shape) for path in weight_files(source) for name, shape in shapes_of(path).items()]
     with progress(f"read {source.name}", len(names)) as advance:
-        for path, name in names:
-            with safe_open(path, framework="pt") as file:
-                yield name, file.get_tensor(name)
+        for path, name, shape in names:
+            step = max(NF4_BLOCK, PIECE // math.prod(shape[1:]) // NF4_BLOCK * NF4_BLOCK)
+            for first in range(0, shape[0], step):
+                with safe_open(path, framework="pt") as file:
+                    yield name, first, file.get_slice(name)[first : first + step]
             advance(1)
 
 
-def names_of(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file, whose length is checked."""
+def shapes_of(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a safetensors file, whose length is checked."""
     try:
         with safe_open(path, framework="pt") as file:
-            return sorted(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); download it again") from None
 

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import mmap
 from collections.abc import Callable, Sequence
+from math import gcd
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -33,7 +34,7 @@ NF4_BLOCK = 64  # weights per scale
 FP8_MAX = 448.0  # largest finite e4m3fn
 INT8_MAX = 127.0
 TINY = 1e-38  # floor of a block's largest magnitude, as in bitsandbytes: an all-zero block divides by it
-CHUNK = 1 << 20  # weights stored at a time, which bounds the float32 working memory to some tens of MB
+CHUNK = 1 << 18  # weights stored at a time; larger temporaries left holes of up to 260 MB in the heap (glibc 2.36)
 DECODED = 1 << 24  # NF4 weights decoded at a time without bitsandbytes: fewer, larger operations
 LASTING = 1 << 20  # bytes
 TORCH_DTYPES = {"FLOAT_32": torch.float32, "BFLOAT_16": torch.bfloat16, "FLOAT_16": torch.float16}
@@ -90,18 +91,33 @@ def quantized(linear: nn.Linear, dtype: StorageDtype, name: str = "weight") -> "
 
 def store(weight_OI: Tensor, dtype: StorageDtype, name: str = "weight", device: torch.device | None = None) -> Stored:
     """Codes and scales of a weight, computed on `device`, where the weight is. Raises ModelError on NaN or infinity."""
-    rows, home = max(NF4_BLOCK, CHUNK // weight_OI.shape[1] // NF4_BLOCK * NF4_BLOCK), weight_OI.device
-    shapes = SCHEMES[dtype].encode(torch.empty(weight_OI.shape, device="meta"))
-    stored = Stored(*(lasting(part) if home.type == "cpu" else torch.empty_like(part, device=home) for part in shapes))
-    codes_at = scale_at = 0
-    for chunk in torch.split(weight_OI, rows):
-        codes, scale = SCHEMES[dtype].encode(chunk.to(device or home).float())
+    home = weight_OI.device
+    stored = Stored(
+        *(lasting(part) if home.type == "cpu" else torch.empty_like(part, device=home)
+          for part in encoded_shapes(weight_OI.shape, dtype))
+    )  # fmt: skip
+    store_rows(weight_OI, stored, dtype, 0, name, device or home)
+    return stored
+
+
+def store_rows(rows_OI: Tensor, into: Stored, dtype: StorageDtype, first: int, name: str, device: torch.device) -> None:
+    """Store rows of a weight from row `first` on (a multiple of 64); temporaries are a few MB."""
+    whole = NF4_BLOCK // gcd(rows_OI.shape[1], NF4_BLOCK)  # rows that fill their last block
+    step = max(whole, CHUNK // rows_OI.shape[1] // whole * whole)
+    before = encoded_shapes(torch.Size((first, rows_OI.shape[1])), dtype)
+    codes_at, scale_at = len(before.codes), len(before.scale)
+    for chunk in torch.split(rows_OI, step):
+        codes, scale = SCHEMES[dtype].encode(chunk.to(device).float())
         if not bool((scale if scale.numel() else codes).isfinite().all()):
             raise ModelError(f"{name} holds NaN or infinity; the model file is damaged, download it again")
-        stored.codes[codes_at : codes_at + len(codes)] = codes.to(home)
-        stored.scale[scale_at : scale_at + len(scale)] = scale.to(home)
+        into.codes[codes_at : codes_at + len(codes)] = codes.to(into.codes.device)
+        into.scale[scale_at : scale_at + len(scale)] = scale.to(into.scale.device)
         codes_at, scale_at = codes_at + len(codes), scale_at + len(scale)
-    return stored
+
+
+def encoded_shapes(shape_OI: torch.Size, dtype: StorageDtype) -> Stored:
+    """Codes and scales of a weight, without data."""
+    return SCHEMES[dtype].encode(torch.empty(shape_OI, device="meta"))
 
 
 def lasting(like: Tensor) -> Tensor:

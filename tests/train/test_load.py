@@ -128,3 +128,12 @@ def test_peak_beyond_the_stored_bytes_is_a_few_matrices(tmp_path: Path) -> None:
     matrix = 4096 * 1024 * 4
     # for the A14B, whose largest float32 matrix is 283 MB, this bound is 0.9 GB
     assert peak - stored < 3 * matrix + (64 << 20) < total / 3
+
+
+def test_weights_of_another_shape_are_refused_before_any_is_read(spec: ModelSpec) -> None:
+    folder = Path(spec.repo, "transformer")
+    shutil.rmtree(folder)
+    WanTransformer3DModel(**SIZES | {"ffn_dim": 96}).save_pretrained(folder)
+    WanTransformer3DModel(**SIZES).save_config(folder)
+    with pytest.raises(ModelError, match=r"config\.json: 6 differ, such as blocks\.0\.ffn\.net\.0\.proj\.bias"):
+        load_quantized(spec, "single", "FLOAT_8")
