@@ -34,6 +34,8 @@ from shared.progress import progress
 from shared.resolve import Choice, resolve, to_json
 from shared.shards import Drop, Index, ShardRecord, index_path, read_index, shard_folder, write_index
 
+STRETCHED = "video_config.stretch: each sample shows a whole clip, so motion is faster or slower than it was"
+
 
 @dataclass(frozen=True)
 class Order:
@@ -71,7 +73,7 @@ def ingest(order: Order) -> None:
     """Everything from the dataset folder to the index; says what it found and what it kept."""
     resolved = resolve(order.choice)
     config, sizes = resolved.config, geometry(resolved.config, resolved.spec)
-    for remark in (*resolved.remarks, *sizes.remarks):
+    for remark in (*resolved.remarks, *sizes.remarks, *[STRETCHED] * config.video_config.stretch):
         click.echo(remark)
     dataset = discover(order.data, order.work, config.caption.from_file_names)
     click.echo(f"{order.data}: {dataset.layout}")

@@ -94,6 +94,8 @@ def discover(root: Path, work: Path, from_file_names: bool) -> Dataset:
             files.append(captioned(root, path, walk.texts, table, from_file_names))
         except UnicodeDecodeError as error:
             dropped.append(Drop(source=path, reason=f"its caption is not UTF-8 text ({error.reason})"))
+        except OSError as error:
+            dropped.append(Drop(source=path, reason=f"its caption cannot be read: {error.strerror}"))
     return Dataset(root, tuple(files), tuple(dropped), dict(walk.ignored))
 
 
@@ -114,11 +116,11 @@ def walk_folder(root: Path, work: Path) -> Walk:
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in files:
             if not name.startswith("."):
-                sort_file(walk, Path(folder, name).relative_to(root).as_posix())
+                sort_file(walk, root, Path(folder, name).relative_to(root).as_posix())
     return walk
 
 
-def sort_file(walk: Walk, path: str) -> None:
+def sort_file(walk: Walk, root: Path, path: str) -> None:
     """Put one file where it belongs."""
     suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122 (Path.suffix of 'a.' differs between versions)
     try:
@@ -128,6 +130,8 @@ def sort_file(walk: Walk, path: str) -> None:
         return
     if suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
         walk.media.append(path)
+    elif suffix in TEXT_SUFFIXES and not (root / path).is_file():
+        walk.dropped.append(Drop(source=path, reason="cannot be read: a link to nothing, or a pipe"))
     elif suffix in TEXT_SUFFIXES:
         walk.texts.add(path)
     else:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from stat import S_ISREG
 
 from ingest.discover import Dataset, Found
 from ingest.ledger import FileEntry, Ledger
@@ -25,6 +26,9 @@ def changed(dataset: Dataset, ledger: Ledger) -> tuple[list[Found], list[Drop]]:
             status = (dataset.root / found.path).stat()
         except OSError as error:
             dropped.append(Drop(source=found.path, reason=f"cannot be read: {error.strerror}"))
+            continue
+        if not S_ISREG(status.st_mode):
+            dropped.append(Drop(source=found.path, reason="not a file but a pipe, socket or device of that name"))
             continue
         known = ledger.files.get(found.path)
         if known is None or (known.size, known.mtime_ns, known.inode) != (

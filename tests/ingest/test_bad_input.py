@@ -1,5 +1,7 @@
 """Whatever files a folder holds: each is processed right or dropped with a reason, and ingest goes on."""
 
+import ctypes
+import os
 import random
 import re
 import resource
@@ -14,7 +16,7 @@ import pytest
 
 from ingest.probe import Unlucky
 from ingest.runner import Runner
-from shared.shards import Index
+from shared.shards import Index, read_index
 from tests.ingest.make import (
     ROOT,
     decode,
@@ -111,6 +113,7 @@ CORPUS: dict[str, tuple[Make, str]] = {
     "moves.gif": (transformed("-f", "gif"), "kept"),
     "hevc.mov": (transformed("-c:v", "libx265", "-x265-params", "log-level=none"), "kept"),
     "link.mp4": (looping_link, "cannot be read: Too many levels of symbolic links"),
+    "pipe.mp4": (os.mkfifo, "not a file but a pipe"),
     "broken.png": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "not a picture|damaged"),
     "playlist.mp4": (
         lambda path: path.write_text("#EXTM3U\n#EXTINF:1,\nodd.mp4\n"),
@@ -302,6 +305,30 @@ def test_a_small_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path: Path, 
         if real:
             subprocess.run(["mount", "-o", "remount,size=8m", work], check=True)
         assert len(run_ingest(data, work, ROOM).samples) == 3
+
+
+def without_root_rights() -> None:
+    """A root process would read any file; CAP_DAC_OVERRIDE (1) and CAP_DAC_READ_SEARCH (2) leave its bounding set."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def test_an_unreadable_file_is_dropped_with_the_reason(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", {"clip1.mp4": "a board", "clip2.mp4": "another", "clip3.mp4": "a third"})
+    (data / "clip2.mp4").chmod(0)
+    (data / "clip3.txt").chmod(0)
+    (data / "clip1_old.txt").symlink_to("nothing.txt")
+    os.mkfifo(data / "pipe.txt")
+    (data / "a_photo_of_a_board.png").touch(mode=0)
+    command = ingest_process(data, tmp_path / "work")
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=without_root_rights
+    )
+    assert done.returncode == 0, done.stderr
+    dropped = {drop.source: drop.reason for drop in read_index(tmp_path / "work").dropped}
+    assert dropped["clip2.mp4"] == "cannot be read: Permission denied"
+    assert dropped["clip3.mp4"] == "its caption cannot be read: Permission denied"
+    assert set(dropped) == {f"clip{n}.mp4" for n in (2, 3)} | {"a_photo_of_a_board.png", "clip1_old.txt", "pipe.txt"}
 
 
 def test_a_killed_or_hanging_ffmpeg_costs_the_clip_only_for_this_run(tmp_path: Path) -> None:

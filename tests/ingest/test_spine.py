@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
@@ -134,6 +135,20 @@ def test_pictures_are_one_frame_samples(data: Path, tmp_path: Path) -> None:
     assert (picture.num_frames, picture.captions) == (1, ("a tall board",))
     assert (picture.height, picture.width) == (192, 96)
     assert pixels_of(index, tmp_path / "work", picture.key).shape == (1, 192, 96, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+def test_pictures_are_upright(tmp_path: Path, suffix: str) -> None:
+    """A camera that was held on its side says so in EXIF."""
+    upright = Image.fromarray(moving_square(5, 1, 128, 64)[0])
+    tags = Image.Exif()
+    tags[0x0112] = 6  # shown after a quarter turn clockwise
+    (tmp_path / "data").mkdir()
+    upright.rotate(90, expand=True).save(tmp_path / "data" / f"a_tall_board.{suffix}", exif=tags, quality=95)
+    index = run_ingest(tmp_path / "data", tmp_path / "work", "resolution=128")
+    shown = pixels_of(index, tmp_path / "work", index.samples[0].key)[0]
+    assert shown.shape == (192, 96, 3)
+    assert np.abs(shown - np.asarray(upright.resize((96, 192), Image.Resampling.LANCZOS)).astype(float)).mean() < 6
 
 
 def test_concepts_priors_and_validation_come_from_sub_folders(tmp_path: Path) -> None:

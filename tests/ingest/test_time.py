@@ -79,7 +79,7 @@ def test_keyframe_windows_begin_at_keyframes(tmp_path: Path) -> None:
     assert [row[0] for row in shown] == [0, 12, 24, 48]
 
 
-def test_stretch_spreads_frames_over_the_whole_clip(tmp_path: Path) -> None:
+def test_stretch_spreads_frames_over_the_whole_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = ingest_numbered(tmp_path, "video_config.stretch=true")
     assert len(shown) == 1
     assert shown[0][0] <= 7
@@ -87,6 +87,7 @@ def test_stretch_spreads_frames_over_the_whole_clip(tmp_path: Path) -> None:
     assert shown[0][-1] >= 50
     short = ingest_numbered(tmp_path / "short", "video_config.stretch=true", 3, 16)
     assert len(short[0]) == 5
+    assert capsys.readouterr().out.count("motion is faster or slower than it was") == 2
 
 
 def test_variable_rate_follows_the_clock(tmp_path: Path) -> None:
