@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +18,14 @@ from shared.files import atomic_write
 
 BLOCK = 2**20  # bytes read at a time
 PARALLEL = 8  # transfers at once
-COMMIT_FILES = 100  # the Hub's advice on files per commit
+UNSIGNED = {"s3:": "AWS_SKIP_SIGNATURE", "gs:": "GOOGLE_SKIP_SIGNATURE"}  # reads without an account
 
 
 class Remote(Protocol):
     """Somewhere that holds a store's files under their relative paths."""
 
     name: str
+    batch: int  # files per call of write
 
     def read(self, path: str, start: int = 0) -> Iterator[bytes]:
         """Bytes of a file from `start` on; StoreError when there is no such file."""
@@ -54,6 +56,8 @@ def open_remote(url: str) -> Remote:
 class Folder:
     """A folder on this machine."""
 
+    batch = 4 * PARALLEL
+
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = str(folder), folder
 
@@ -77,6 +81,8 @@ class Folder:
 
 class Bucket:
     """A web server or an object store, through obstore (credentials as its environment variables say)."""
+
+    batch = 4 * PARALLEL
 
     def __init__(self, url: str) -> None:
         self.name = url.rstrip("/")
@@ -138,6 +144,8 @@ class Bucket:
 class Hub:
     """A data set repository on the Hugging Face Hub: hf://datasets/user/name[@revision][/folder]."""
 
+    batch = 100  # the Hub's advice on files per commit
+
     def __init__(self, url: str) -> None:
         self.name = url.rstrip("/")
         match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", self.name)
@@ -146,51 +154,75 @@ class Hub:
         self.repo, self.revision, folder = match[1], match[2], match[3]
         self.prefix = f"{folder}/" if folder else ""
 
-    def read(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """Bytes through the Hub's file system."""
-        from huggingface_hub import HfFileSystem
-        from huggingface_hub.errors import HfHubHTTPError
+    @cached_property
+    def writable(self) -> Any:
+        """The Hub's API, once the repository, private when it is new, and the branch are there."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars
 
-        revision = f"@{self.revision}" if self.revision else ""
+        disable_progress_bars()  # push shows its own
+        hub = HfApi()
+        hub.create_repo(self.repo, repo_type="dataset", private=True, exist_ok=True)
+        if self.revision:
+            hub.create_branch(self.repo, branch=self.revision, repo_type="dataset", exist_ok=True)
+        return hub
+
+    def read(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """A range of the file as the Hub serves it: one request, wherever it redirects to."""
+        from huggingface_hub import HfApi, hf_hub_url
+        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        url = hf_hub_url(
+            self.repo, self.prefix + path, repo_type="dataset", revision=self.revision, endpoint=HfApi().endpoint
+        )
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
-            with HfFileSystem().open(f"datasets/{self.repo}{revision}/{self.prefix}{path}", "rb") as file:
-                file.seek(start)
-                while block := file.read(BLOCK):
-                    yield block
-        except FileNotFoundError:
+            with http_stream_backoff("GET", url, headers=headers) as response:
+                hf_raise_for_status(response)
+                skip = 0 if response.status_code == HTTPStatus.PARTIAL_CONTENT else start
+                for block in response.iter_bytes(BLOCK):
+                    yield block[skip:]
+                    skip = max(0, skip - len(block))
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             raise missing(self, path) from None
-        except HfHubHTTPError as error:
+        except hub_errors() as error:
             raise unreachable(self, path, error) from None
 
     def write(self, files: Mapping[str, Path]) -> None:
-        """Commit in groups; the repository is made, private, when it is new."""
-        from huggingface_hub import CommitOperationAdd, HfApi
-        from huggingface_hub.errors import HfHubHTTPError
+        """One commit."""
+        from huggingface_hub import CommitOperationAdd
 
-        items, hub = list(files.items()), HfApi()
+        adds = [CommitOperationAdd(self.prefix + path, source) for path, source in files.items()]
         try:
-            hub.create_repo(self.repo, repo_type="dataset", private=True, exist_ok=True)
-            for first in range(0, len(items), COMMIT_FILES):
-                adds = [
-                    CommitOperationAdd(self.prefix + path, source)
-                    for path, source in items[first : first + COMMIT_FILES]
-                ]
-                hub.create_commit(
-                    self.repo, adds, commit_message="Add units", repo_type="dataset", revision=self.revision
-                )
-        except HfHubHTTPError as error:
-            raise unreachable(self, "", error) from None
+            self.writable.create_commit(
+                self.repo, adds, commit_message="Add units", repo_type="dataset", revision=self.revision
+            )
+        except hub_errors() as error:
+            raise unreachable(self, "", error.__cause__ or error) from None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises when the Hub refuses or does not answer; an upload's error comes as RuntimeError."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    return HTTPError, OfflineModeIsEnabled, RuntimeError
 
 
 def missing(remote: Remote, path: str) -> StoreError:
     """The error of a file that is not there."""
     hint = "; push the store there first: make push TO=..." if path == "MANIFEST.json" else ""
-    return StoreError(f"{remote.name} has no {path}{hint}")
+    private = " (if it is private: hf auth login)" if remote.name.startswith("hf://") and hint else ""
+    return StoreError(f"{remote.name} has no {path}{hint}{private}")
 
 
-def unreachable(remote: Remote, path: str, error: Exception) -> StoreError:
+def unreachable(remote: Remote, path: str, error: BaseException) -> StoreError:
     """The error of a place that does not answer."""
     reason = " ".join(str(error).split())[:200]
+    public = next(
+        (f" (public: {name}=true)" for scheme, name in UNSIGNED.items() if remote.name.startswith(scheme)), ""
+    )
     return StoreError(
-        f"{remote.name}/{path}: {reason}; check the address and the network, then run the same command again"
+        f"{remote.name}/{path}: {reason}; check the address, the network and the credentials{public}, "
+        "then run the same command again"
     )

@@ -86,8 +86,8 @@ def push(store: Path, url: str, advance: Callable[[int, int], Advance]) -> tuple
     there = existing(remote)
     lacking = [record for record in own.files if there.get(record.path) != record]
     tell = advance(len(lacking), sum(record.size for record in lacking))
-    for first in range(0, len(lacking), PARALLEL * 4):
-        batch = lacking[first : first + PARALLEL * 4]
+    for first in range(0, len(lacking), remote.batch):
+        batch = lacking[first : first + remote.batch]
         remote.write({record.path: store / record.path for record in batch})
         tell(len(batch))
     union = Manifest(files=tuple(sorted((there | own.by_path()).values(), key=lambda record: record.path)))

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.store_share import push
 from tests.e2e.commands import ROOT
 from tests.encode.make import add_shard, index_of
-from tests.shared.servers import plain_server
+from tests.shared.places import place
 
 STEPS = 3
 SETTINGS = (
@@ -48,8 +47,10 @@ def fresh_environment(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
-def trained_here(folder: Path) -> tuple[Path, list[float]]:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """Encode and train; the store, and the losses. Everything else is deleted."""
+    folder = tmp_path_factory.mktemp("here")
     work = folder / "work"
     index_of(work, [add_shard(work, "a.tar", range(4), size=(9, 64, 64))])
     python(sys.executable, ROOT, "encode", "--work", work, *SETTINGS)
@@ -68,17 +69,22 @@ def trained_there(folder: Path, store: object) -> list[float]:
     return losses(folder / "run")
 
 
-def test_a_moved_store_trains_to_the_same_losses(tmp_path: Path) -> None:
-    store, expected = trained_here(tmp_path / "here")
-    shutil.move(store, tmp_path / "moved.zarr")
-    found = trained_there(tmp_path / "there", tmp_path / "moved.zarr")
+def test_a_moved_store_trains_to_the_same_losses(tmp_path: Path, trained: tuple[Path, list[float]]) -> None:
+    store, expected = trained
+    moved = shutil.move(store, tmp_path / "moved.zarr")
+    found = trained_there(tmp_path / "there", moved)
+    shutil.move(moved, store)
     assert len(found) == STEPS
     assert found == expected
 
 
-@pytest.mark.soak
-def test_a_store_on_a_web_server_trains_to_the_same_losses(tmp_path: Path) -> None:
-    store, expected = trained_here(tmp_path / "here")
-    push(store, str(store), lambda files, size: lambda count: None)
-    with plain_server(store.parent) as url:
-        assert trained_there(tmp_path / "there", f"{url}/{store.name}") == expected
+@pytest.mark.parametrize("kind", ["hf", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("plain", "gs"))])
+def test_a_pushed_store_trains_from_its_url_to_the_same_losses(
+    tmp_path: Path, trained: tuple[Path, list[float]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, expected = trained
+    with place(kind, tmp_path / "pushed.zarr", monkeypatch) as url:
+        to = tmp_path / "pushed.zarr" if kind == "plain" else url
+        said = python(sys.executable, ROOT, "encode", "push", "--store", store, "--to", to)
+        assert f"{to}: " in said
+        assert trained_there(tmp_path / "there", url) == expected

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +13,10 @@ import pytest
 from shared.errors import StoreError
 from shared.store import marker_path, read_datasets, read_markers
 from shared.store_read import StoreReader
-from shared.store_remote import Hub, open_remote
 from shared.store_share import INCOMING, MANIFEST, fetch, local_store, look, pull, push
 from tests.formats.stores import example, normal, write_rows
-from tests.shared.servers import plain_server, range_server, s3_server
-
-
-def quiet(files: int, size: int) -> Callable[[float], None]:
-    del files, size
-    return lambda count: None
-
-
-def files_of(store: Path) -> dict[str, bytes]:
-    found = {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name != MANIFEST}
-
-
-@contextmanager
-def pushed(kind: str, store: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The store, pushed; yields the URL to pull from."""
-    if kind == "s3":
-        with s3_server(monkeypatch) as url:
-            push(store, url, quiet)
-            yield url
-        return
-    push(store, str(there), quiet)
-    if kind == "folder":
-        yield str(there)
-        return
-    with {"ranges": range_server, "plain": plain_server}[kind](there) as url:
-        yield url
-
-
-@pytest.mark.parametrize("kind", ["folder", "ranges", "plain", "s3"])
-def test_what_is_pulled_is_what_was_pushed(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = example(tmp_path / "a.zarr")
-    with pushed(kind, store, tmp_path / "there", monkeypatch) as url:
-        fetched = pull(url, tmp_path / "b.zarr", None, quiet)
-        assert fetched == sum("/c/" in name for name in files_of(store))
-        assert files_of(tmp_path / "b.zarr") == files_of(store)
-        assert pull(url, tmp_path / "b.zarr", None, quiet) == 0
+from tests.shared.places import add_file, files_of, quiet
+from tests.shared.servers import plain_server, range_server
 
 
 def test_only_what_is_new_travels(tmp_path: Path) -> None:
@@ -102,20 +65,6 @@ def test_a_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert files_of(tmp_path / "b.zarr") == files_of(store)
 
 
-@pytest.mark.parametrize("server", [range_server, plain_server])
-def test_a_wrong_beginning_is_fetched_again(tmp_path: Path, server: Any) -> None:
-    store = example(tmp_path / "a.zarr")
-    push(store, str(tmp_path / "there"), quiet)
-    records = [record for marker in read_markers(store) for record in marker.files if "/c/" in record.path]
-    for record in records:
-        left = tmp_path / "b.zarr" / f"{record.path}{INCOMING}"
-        left.parent.mkdir(parents=True, exist_ok=True)
-        left.write_bytes(b"?" * min(100, record.size // 2))
-    with server(tmp_path / "there") as url:
-        pull(url, tmp_path / "b.zarr", None, quiet)
-    assert files_of(tmp_path / "b.zarr") == files_of(store)
-
-
 def test_an_interrupted_pull_leaves_whole_units(tmp_path: Path) -> None:
     store = example(tmp_path / "a.zarr")
     push(store, str(tmp_path / "there"), quiet)
@@ -151,24 +100,6 @@ def test_pulls_at_the_same_time_agree(tmp_path: Path) -> None:
     assert files_of(tmp_path / "b.zarr") == files_of(store)
 
 
-@pytest.mark.parametrize("server", [range_server, plain_server])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "longer", "swap", "remove"])
-def test_a_wrong_object_is_refused_by_name(tmp_path: Path, server: Any, damage: str) -> None:
-    store, there = example(tmp_path / "a.zarr"), tmp_path / "there"
-    push(store, str(there), quiet)
-    marker = next(marker for marker in read_markers(store) if marker.kind == "latents")
-    name = next(record.path for record in marker.files if "/c/" in record.path)
-    data = (there / name).read_bytes()
-    other = next(path for path in there.rglob("0") if path.is_file() and path.read_bytes() != data)
-    wrong = {"flip": bytes([data[0] ^ 1]) + data[1:], "truncate": data[:-1], "longer": data + b"?",
-             "swap": other.read_bytes(), "remove": b""}[damage]  # fmt: skip
-    (there / name).unlink() if damage == "remove" else (there / name).write_bytes(wrong)
-    with server(there) as url, pytest.raises(StoreError, match=name):
-        pull(url, tmp_path / "b.zarr", None, quiet)
-    assert marker.id not in {marker.id for marker in read_markers(tmp_path / "b.zarr")}
-    assert not list((tmp_path / "b.zarr").rglob(f"*{INCOMING}"))
-
-
 def test_the_manifest_can_be_required(tmp_path: Path) -> None:
     sha256, _ = push(example(tmp_path / "a.zarr"), str(tmp_path / "there"), quiet)
     assert sha256 == hashlib.sha256((tmp_path / "there" / MANIFEST).read_bytes()).hexdigest()
@@ -186,12 +117,6 @@ def rewrite(there: Path, path: str, change: Callable[[Any], Any]) -> None:
     for record in manifest["files"]:
         if record["path"] == path:
             record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (there / MANIFEST).write_text(json.dumps(manifest))
-
-
-def add_file(there: Path, path: str) -> None:
-    manifest = json.loads((there / MANIFEST).read_text())
-    manifest["files"].append({"path": path, "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
     (there / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -325,30 +250,6 @@ def test_a_swapped_object_is_not_read_through(tmp_path: Path, monkeypatch: pytes
 
 def test_a_folder_is_its_own_local_store(tmp_path: Path) -> None:
     assert local_store(str(tmp_path)) == tmp_path
-
-
-@pytest.mark.parametrize("url", ["ftp://host/store", "file:///etc", "hf://models/user/name", "hf://datasets/name"])
-def test_other_places_are_refused(url: str) -> None:
-    with pytest.raises(StoreError, match=url):
-        open_remote(url)
-
-
-def test_a_hub_address_is_taken_apart() -> None:
-    hub = Hub("hf://datasets/user/name@v2/sets/latents.zarr/")
-    assert (hub.repo, hub.revision, hub.prefix) == ("user/name", "v2", "sets/latents.zarr/")
-
-
-def test_a_place_without_a_store_says_so(tmp_path: Path) -> None:
-    with plain_server(tmp_path) as url, pytest.raises(StoreError, match="has no MANIFEST"):
-        pull(url, tmp_path / "b.zarr", None, quiet)
-    with pytest.raises(StoreError, match="check the address"):
-        pull("http://127.0.0.1:9/none", tmp_path / "b.zarr", None, quiet)
-
-
-def test_nothing_is_pushed_over_http(tmp_path: Path) -> None:
-    store = example(tmp_path / "a.zarr")
-    with plain_server(tmp_path / "a.zarr") as url, pytest.raises(StoreError, match="over http"):
-        push(store, url, quiet)
 
 
 def test_a_marker_comes_after_its_files(tmp_path: Path) -> None:
