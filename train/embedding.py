@@ -1,83 +1,45 @@
-"""A concept learned as rows of text embeddings, with the model frozen (textual inversion, Gal et al. 2022,
-arXiv 2208.01618, moved from the encoder's input to its output, so that no text encoder is needed).
+"""A concept learned as vectors of text, with the model frozen (textual inversion, Gal et al. 2022, arXiv 2208.01618).
 
-In a caption the placeholder stands for `token_count` learned rows. The rows around it are those that the encoder gives
-with `initial_text` in its place; the span of that text is found by its token ids.
+In a caption the placeholder stands for `token_count` tokens; encode has put those of `initial_text` there and stored
+where they are. OUTPUT learns the rows of these tokens in the encoder's output, so that no text encoder is needed.
+
+Names: n tokens of the concept, S tokens of a text, d columns of an embedding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from shared.config import EmbeddingConfig
-from shared.errors import ConfigError, RunError
-from shared.keys import caption_key
-from shared.store_read import StoreReader
+from shared.store_read import Text
 
 
 @dataclass(frozen=True)
-class Concept:
-    """The learned rows, and where they go in which caption."""
+class OutputConcept:
+    """Learned rows of the encoder's output."""
 
     rows_nd: nn.Parameter
-    places: dict[
-        str, tuple[str, tuple[int, ...], int]
-    ]  # caption key -> (stored key, starts of spans, tokens of a span)
 
-    def embedding(self, key: str, reader: StoreReader) -> Tensor:
-        """(S, text_dim) float32 of a caption with the placeholder, the learned rows in place, with their gradient."""
-        stored_key, starts, count = self.places[key]
-        stored = torch.from_numpy(reader.text(stored_key).embedding_Sd.copy()).float().to(self.rows_nd.device)
-        parts, end = [], 0
-        for start in starts:
-            parts += [stored[end:start], self.rows_nd]
-            end = start + count
-        return torch.cat([*parts, stored[end:]])
+    def __call__(self, text: Text) -> Tensor | None:
+        """(S, d) float32 of a text with the concept, its rows in place, with their gradient; None: it is not there."""
+        if not text.spans:
+            return None
+        return spliced(torch.from_numpy(text.embedding_Sd.copy()), text, self.rows_nd)
 
 
-def initial_texts(texts: Iterable[str], settings: EmbeddingConfig) -> dict[str, str]:
-    """Caption key -> text with initial_text in the placeholder's place, of the captions that have the placeholder."""
-    found = {
-        caption_key(text): text.replace(settings.placeholder, settings.initial_text)
-        for text in texts
-        if settings.placeholder in text
-    }
-    if not found:
-        raise ConfigError(
-            f"embedding.placeholder={settings.placeholder!r} is in no caption; write it where the concept "
-            "is meant, and run make ingest and make encode"
-        )
-    return found
+def spliced(values_Sd: Tensor, text: Text, rows_nd: Tensor) -> Tensor:
+    """(S, d) with the concept's rows at each of its places, in the dtype and on the device of these rows."""
+    values_Sd, parts, end = values_Sd.to(rows_nd), [], 0
+    for start, count in text.spans:
+        parts += [values_Sd[end:start], rows_nd]
+        end = start + count
+    return torch.cat([*parts, values_Sd[end:]])
 
 
-def make_concept(
-    replaced: dict[str, str], settings: EmbeddingConfig, reader: StoreReader, device: torch.device
-) -> Concept:
-    """A concept that starts as its initial text; every text of `replaced`, and initial_text, must be in the store."""
-    initial = reader.text(caption_key(settings.initial_text))
-    needle = initial.ids_S[:-1].tolist()  # without the end token
-    places = {
-        key: (caption_key(text), spans(reader, text, needle, settings), len(needle)) for key, text in replaced.items()
-    }
-    index = [number * len(needle) // settings.token_count for number in range(settings.token_count)]
-    rows = torch.from_numpy(initial.embedding_Sd[:-1].copy()).float()[index]
-    return Concept(nn.Parameter(rows.to(device)), places)
-
-
-def spans(reader: StoreReader, text: str, needle: Sequence[int], settings: EmbeddingConfig) -> tuple[int, ...]:
-    """Where the tokens of initial_text start in a text; they do not overlap."""
-    ids, found, place = reader.text(caption_key(text)).ids_S.tolist(), [], 0
-    while place + len(needle) <= len(ids):
-        if ids[place : place + len(needle)] == list(needle):
-            found.append(place)
-            place += len(needle)
-        else:
-            place += 1
-    if not found:
-        raise RunError(
-            f"caption {text!r}: the tokens of {settings.initial_text!r} are not in it; put spaces around "
-            f"{settings.placeholder!r} in the caption, or choose another embedding.initial_text"
-        )
-    return tuple(found)
+def first_rows(texts: Iterable[Text], settings: EmbeddingConfig, width: int) -> Tensor:
+    """(n, d) float32 to start from: what the encoder gave for the initial text, the mean over all its places."""
+    found = [torch.from_numpy(text.embedding_Sd[start : start + count].copy()).float()
+             for text in texts for start, count in text.spans]  # fmt: skip
+    return torch.stack(found).mean(0) if found else torch.zeros(settings.token_count, width)

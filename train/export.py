@@ -135,7 +135,8 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
     }
     if config.training_method == "EMBEDDING":
         concept = config.embedding
-        facts |= {"placeholder": concept.placeholder, "initial_text": concept.initial_text, "kind": concept.kind}
+        facts |= {"placeholder": concept.placeholder, "initial_text": concept.initial_text, "kind": concept.kind,
+                  "token_count": str(concept.token_count)}  # fmt: skip
     if config.training_method == "LORA":
         facts |= {
             "ss_network_dim": str(config.lora_rank),

@@ -2,9 +2,10 @@
 
 from torch import nn
 
+from shared.concept import text_key
 from shared.store_read import StoreReader
 from train.adapter import add_adapter
-from train.embedding import initial_texts, make_concept
+from train.embedding import OutputConcept, first_rows
 from train.model import Model, TextBank
 from train.optim import EMBEDDING
 from train.run import Run
@@ -27,9 +28,8 @@ def make_trained(model: Model, run: Run, seed: int, reader: StoreReader, texts: 
 
 
 def with_concept(model: Model, run: Run, texts: list[str]) -> Trained:
-    """Captions whose placeholder is rows to be learned; texts with the initial text in its place are embedded first."""
-    settings = run.config.embedding
-    replaced = initial_texts(texts, settings)
-    reader = ensure_texts([*replaced.values(), settings.initial_text], run)
-    concept = make_concept(replaced, settings, reader, model.device)
-    return TextBank(model, reader, concept), {EMBEDDING: concept.rows_nd}
+    """Captions whose placeholder is vectors to be learned, of every text in the store."""
+    settings, reader = run.config.embedding, ensure_texts(texts, run)
+    found = [reader.text(text_key(text, settings)) for text in dict.fromkeys(texts)]
+    rows_nd = nn.Parameter(first_rows(found, settings, run.spec.text_dim).to(model.device))
+    return TextBank(model, reader, OutputConcept(rows_nd)), {EMBEDDING: rows_nd}

@@ -3,7 +3,7 @@
 Weights are stored in transformer.weight_dtype, arithmetic is train_dtype. Memory: one expert, frozen unless trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,16 @@ from shared.config import Config, Dtype
 from shared.errors import ConfigError
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
+from shared.store_read import Text as StoredText
 from shared.weights import torch_dtype
 from train.condition import concat_mask
-from train.embedding import Concept
 from train.flow import wide
 from train.lean import LeanOptions, Places, Text, collate_text, lean_forward, project_text
 from train.load import load_quantized
 from train.memory import Placement, plan_for_device
 from train.offload import place
 
+Embed = Callable[[StoredText], Tensor | None]  # (S, text_dim) of a text with its gradient, None: as stored
 CAPTIONS_KEPT = 4096  # projected captions in memory: 0.8 MB each at 80 tokens of A14B
 
 
@@ -98,19 +99,20 @@ def predict(
 class TextBank:
     """Projected captions by key; each is projected once, unless the projection or the caption is in training."""
 
-    def __init__(
-        self, model: Model, reader: StoreReader, concept: Concept | None = None, trained: bool = False
-    ) -> None:
-        self.model, self.reader, self.concept, self.trained = model, reader, concept, trained
+    def __init__(self, model: Model, reader: StoreReader, embed: Embed | None = None, trained: bool = False) -> None:
+        """`embed`: what is learned of a text's embedding, if anything; `trained`: the projection is."""
+        self.model, self.reader, self.embed, self.trained = model, reader, embed, trained
         self.known: dict[str, Tensor] = {}
 
     def rows(self, key: str) -> Tensor:
-        """(S + 1, d) of a caption key, on the model's device."""
-        if self.concept is not None and key in self.concept.places:
-            return self.project(self.concept.embedding(key, self.reader))
+        """(S + 1, d) of a text key, on the model's device."""
         if key in self.known:
             return self.known[key]
-        embedding = torch.from_numpy(self.reader.text(key).embedding_Sd.copy())
+        text = self.reader.text(key)
+        learned = None if self.embed is None else self.embed(text)
+        if learned is not None:
+            return self.project(learned)
+        embedding = torch.from_numpy(text.embedding_Sd.copy())
         if self.trained:
             return self.project(embedding)
         if len(self.known) >= CAPTIONS_KEPT:

@@ -74,7 +74,7 @@ class Previews:
         name = {phase.first: "before", phase.stop: "after"}.get(step, f"step{step:06d}")
         low = phase.expert == "low_noise"
         start = read_latents(handed) if low else first_noise(self.scene, self.run.spec)
-        bank = TextBank(bank.model, self.reader, bank.concept, bank.trained)
+        bank = TextBank(bank.model, self.reader, bank.embed, bank.trained)
         state, clean = sample_range(bank, self.run.spec, self.scene, phase.expert, Start(start, self.cond))
         if phase.expert == "high_noise":
             self._write(handed, state)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shared.bucket import Bucket
-from shared.config import Config
+from shared.concept import concept_of, text_key
+from shared.config import Config, EmbeddingConfig
 from shared.errors import RunError
 from shared.files import atomic_write
 from shared.geometry import geometry
-from shared.keys import caption_key
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
 from train.data import PREVIEW, random_of
@@ -45,11 +46,16 @@ class Scene:
     seed: int
     steps: int
     guidance: tuple[float, float]  # (high, low)
+    concept: EmbeddingConfig | None = None
 
     @property
     def texts(self) -> list[str]:
         """Every text that needs an embedding."""
         return [*self.prompts, self.negative]
+
+    def key(self, text: str) -> str:
+        """Name of a text's embedding."""
+        return text_key(text, self.concept)
 
 
 class Start(NamedTuple):
@@ -66,7 +72,8 @@ def scene_of(config: Config, spec: ModelSpec, bucket: Bucket | None = None) -> S
     guidance = spec.guidance if scale is None else (scale, scale)
     size = bucket or wanted.bucket(1, 1, wanted.resolutions[0])
     texts = (config.sample_prompts, config.sample_negative_prompt)
-    return Scene(*texts, size, config.sample_seed, config.sample_steps or spec.sample_steps, guidance)
+    steps = config.sample_steps or spec.sample_steps
+    return Scene(*texts, size, config.sample_seed, steps, guidance, concept_of(config))
 
 
 def sigma_grid(steps: int, shift: float) -> list[float]:
@@ -113,7 +120,7 @@ def sample_range(bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, sta
         cond = None if start.cond_BCthw is None else start.cond_BCthw[number : number + 1].to(model.device)
         for sigma, following in pairwise(grid):
             if low <= sigma < high or (sigma == high == 1.0):
-                velocity = guided(bank, (state, cond), sigma, (prompt, scene.negative, guidance))
+                velocity = guided(bank, (state, cond), sigma, (scene.key(prompt), scene.key(scene.negative), guidance))
                 clean = state - sigma * velocity
                 state = state + (following - sigma) * velocity
         results.append((state.cpu(), clean.cpu()))
@@ -122,13 +129,13 @@ def sample_range(bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, sta
 
 
 def guided(bank: TextBank, inputs: tuple[Tensor, Tensor | None], sigma: float, wish: tuple[str, str, float]) -> Tensor:
-    """Velocity pushed from the negative prompt's towards the prompt's; one forward when guidance is 1."""
+    """Velocity pushed from the negative prompt's towards the prompt's (by key); one forward when guidance is 1."""
     prompt, negative, guidance = wish
-    model, texts = bank.model, [prompt] if guidance == 1 else [prompt, negative]
-    timestep = torch.full((len(texts), 1), sigma * TIMESTEPS, device=model.device)
-    state, cond = (None if part is None else part.expand(len(texts), -1, -1, -1, -1) for part in inputs)
+    model, keys = bank.model, [prompt] if guidance == 1 else [prompt, negative]
+    timestep = torch.full((len(keys), 1), sigma * TIMESTEPS, device=model.device)
+    state, cond = (None if part is None else part.expand(len(keys), -1, -1, -1, -1) for part in inputs)
     assert state is not None
-    velocities = predict(model, state, timestep, bank.batch(map(caption_key, texts)), None, cond)
+    velocities = predict(model, state, timestep, bank.batch(keys), None, cond)
     if guidance == 1:
         return velocities
     wanted, unwanted = torch.split(velocities, 1)
@@ -176,14 +183,16 @@ def encode_command(run: Run, name: str) -> list[str]:
 
 def ensure_texts(texts: Sequence[str], run: Run) -> StoreReader:
     """A reader that has every text; missing ones are encoded by a child process into the first store."""
-    stores = list(run.stores)
+    stores, concept = list(run.stores), concept_of(run.config)
     reader = open_texts(stores, run.spec)
-    missing = [text for text in dict.fromkeys(texts) if caption_key(text) not in reader.texts]
+    missing = [text for text in dict.fromkeys(texts) if text_key(text, concept) not in reader.texts]
     if not missing:
         return reader
-    command = [*encode_command(run, "prompts"), "--store", str(stores[0])]
-    command += [part for text in missing for part in ("--prompt", text)]
-    finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    with NamedTemporaryFile("w", suffix=".json") as file:  # they may be more than a command line holds
+        json.dump(missing, file)
+        file.flush()
+        command = [*encode_command(run, "prompts"), "--store", str(stores[0]), "--file", file.name]
+        finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if finished.returncode:
         lines = finished.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise RunError(

@@ -3,12 +3,14 @@
 Input: store paths, config, model facts. Output: a `Dataset`. Errors: StoreError, naming the command that mends.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.bucket import Bucket, aspect_sizes, nearest_size
-from shared.config import Config
+from shared.concept import concept_of, text_key
+from shared.config import Config, EmbeddingConfig
 from shared.errors import StoreError
 from shared.geometry import geometry
 from shared.keys import fingerprint
@@ -28,7 +30,7 @@ class Dataset:
     train: list[ListedSample]
     validation: list[ListedSample]
     reader: StoreReader
-    texts: dict[str, str]  # caption key -> text
+    texts: dict[str, str]  # text key -> caption, of the captions that have the placeholder of a concept
     fingerprint: str
     remarks: tuple[str, ...]
 
@@ -44,15 +46,34 @@ def open_dataset(stores: list[Path], work: Path, config: Config, spec: ModelSpec
     units = fitting_units([marker for store in stores for marker in fresh_units(store)], spec, stores)
     reader = StoreReader(stores, {marker.id for marker in units})
     allowed, remarks = allowed_samples(samples, config, spec)
-    check_rows(allowed, reader, spec)
-    used = {marker.id for table in (reader.latents, reader.texts) for _, marker in table.values()}
+    texts = {key: text for dataset in lists for key, text in dataset.texts.items()}
+    allowed, learned = with_concept(allowed, texts, concept_of(config))
+    used = check_rows(allowed, reader, spec, learned.keys())
     name = fingerprint(datasets=[dataset.model_dump(mode="json") for dataset in lists], units=sorted(used))
     train = [sample for sample in allowed if sample.split == "train"]
     if not train:
         raise StoreError(f"{stores[0]}: all samples are held out; lower validation.fraction and run make ingest")
     held_out = [sample for sample in allowed if sample.split == "validation"]
-    texts = {key: text for dataset in lists for key, text in dataset.texts.items()}
-    return Dataset(train, held_out, reader, texts, name, remarks)
+    return Dataset(train, held_out, reader, learned, name, remarks)
+
+
+def with_concept(
+    samples: list[ListedSample], texts: dict[str, str], concept: EmbeddingConfig | None
+) -> tuple[list[ListedSample], dict[str, str]]:
+    """Samples whose captions go by text_key, and the captions (by that key) that have the placeholder of a concept."""
+    if concept is None:
+        return samples, {}
+    named = {key: text_key(text, concept) for key, text in texts.items()}
+    learned = {named[key]: text for key, text in sorted(texts.items()) if named[key] != key}
+    if not learned:
+        raise StoreError(
+            f"embedding.placeholder={concept.placeholder!r} is in no caption; write it where the concept is meant, "
+            "and run make ingest and make encode"
+        )
+    return [
+        sample.model_copy(update={"captions": tuple(named.get(key, key) for key in sample.captions)})
+        for sample in samples
+    ], learned
 
 
 def refuse_outdated(lists: list[DatasetList], work: Path) -> None:
@@ -130,12 +151,17 @@ def allowed_samples(
     return allowed, (f"{left_out} samples of buckets {', '.join(others)} are left out",) if left_out else ()
 
 
-def check_rows(samples: list[ListedSample], reader: StoreReader, spec: ModelSpec) -> None:
-    """Every listed variant and caption, and the empty caption, has a row; so has every condition of i2v."""
+def check_rows(samples: list[ListedSample], reader: StoreReader, spec: ModelSpec, learned: Set[str]) -> set[str]:
+    """Every listed variant and caption, and the empty caption, has a row; so has every condition of i2v.
+
+    Captions of a concept are left out: those that are missing are encoded at the start. Returns the units of the rest.
+    """
     tables = (reader.latents, reader.cond) if spec.image_condition == "concat" else (reader.latents,)
     missing = [key for sample in samples for key in sample.keys if any(key not in table for table in tables)]
     if missing:
         raise StoreError(f"{len(missing)} listed samples are not in the store (first: {missing[0]}); run: make encode")
-    captions = {key for sample in samples for key in sample.captions} | {EMPTY_CAPTION}
+    captions = {key for sample in samples for key in sample.captions} - learned | {EMPTY_CAPTION}
     if unknown := sorted(captions - set(reader.texts)):
         raise StoreError(f"{len(unknown)} captions are not in the store (first: {unknown[0]}); run: make encode")
+    rows = [reader.latents[key] for sample in samples for key in sample.keys] + [reader.texts[key] for key in captions]
+    return {marker.id for _, marker in rows}

@@ -26,6 +26,7 @@ from train.optim import Average, Optimizer, make_optimizer
 from train.phases import Due, Phase, make_phases
 from train.preview import Previews
 from train.run import Run
+from train.sample import ensure_texts
 from train.stores import Dataset
 from train.validate import validate
 
@@ -71,6 +72,8 @@ class Task:
     def __post_init__(self) -> None:
         config = self.run.config
         self.phases = make_phases(config, self.run.spec, self.plan.total_steps())
+        if texts := list(self.data.texts.values()):  # one process, and before the DiT takes the memory
+            self.group.agree(lambda: len(ensure_texts([*texts, *config.sample_prompts], self.run).texts))
         self.previews = Previews(self.run, self.log, self.group)
         minutes = config.backup_after is None
         self.backup = Due(

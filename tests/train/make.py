@@ -1,6 +1,7 @@
 """A random DiT in diffusers layout and a store drawn from a seed: enough to train on in milliseconds."""
 
 import json
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -10,12 +11,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from numpy.typing import NDArray
 
-from shared.config import Config, leaf_keys
+from shared.concept import Spans, text_key
+from shared.config import Config, EmbeddingConfig, leaf_keys
 from shared.keys import caption_key
 from shared.models import ModelSpec, spec_of_folder
 from shared.resolve import PRESETS, Resolved, read_layer
 from shared.store import DatasetList, ListedSample, create_store, recipe_key, write_dataset
-from shared.store_write import UnitDraft, write_latents, write_texts
+from shared.store_write import UnitDraft, text_origin, write_latents, write_texts
 from train.checkpoint import latest, read_tensors
 from train.run import Run
 
@@ -58,8 +60,12 @@ def caption(number: int) -> str:
     return "a thing that is " + "very " * (number % 3) + str(number)
 
 
-def make_store(path: Path, spec: ModelSpec, samples: list[ListedSample], texts: tuple[str, ...] = ()) -> Path:
-    """Latents that follow from the sample's name, one unit per bucket, and all captions."""
+def make_store(path: Path, spec: ModelSpec, samples: list[ListedSample], texts: tuple[str, ...] = (),
+               concept: EmbeddingConfig | None = None) -> Path:  # fmt: skip
+    """Latents that follow from the sample's name, one unit per bucket, and all captions, encoded for a concept or not.
+
+    Captions without the concept are stored as they are too, so that such a store can be trained with any method.
+    """
     create_store(path)
     rng = np.random.default_rng(0)
     for bucket in sorted({sample.bucket for sample in samples}):
@@ -72,12 +78,29 @@ def make_store(path: Path, spec: ModelSpec, samples: list[ListedSample], texts: 
             write_latents(draft, keys, rows[:, :, ::-1] * 0.5, spec.vae.fingerprint)
     captions = ["", *(caption(number) for number in range(len(samples))), *texts]
     named = {caption_key(text): text for text in captions}
-    rows = [rng.standard_normal((1 + len(text.split()), spec.text_dim)).astype(np.float32) for text in named.values()]
-    ids = [[2 + crc32(word.encode()) % 1000 for word in text.split()] + [1] for text in named.values()]
-    write_texts(UnitDraft(path, "text", {"captions": list(named)}, TEXT_RECIPE), named, rows, ids)
+    spelt = {key: (text.split(), ()) for key, text in named.items()}
+    if concept is not None:
+        spelt |= {text_key(text, concept): spell(text, concept) for text in captions if concept.placeholder in text}
+    rows = [rng.standard_normal((1 + len(words), spec.text_dim)).astype(np.float32) for words, _ in spelt.values()]
+    ids = [[2 + crc32(word.encode()) % 1000 for word in words] + [1] for words, _ in spelt.values()]
+    draft = UnitDraft(path, "text", text_origin({key: spans for key, (_, spans) in spelt.items()}), TEXT_RECIPE)
+    write_texts(draft, {key: " ".join(words) for key, (words, _) in spelt.items()}, rows, ids)
     recipes: Any = {"latents": recipe_key(RECIPE), "text": recipe_key(TEXT_RECIPE)}
     write_dataset(path, DatasetList(id="made", samples=tuple(samples), texts=named, recipes=recipes))
     return path
+
+
+def spell(text: str, concept: EmbeddingConfig) -> tuple[list[str], Spans]:
+    """Words of a text with the concept's initial words in its place, and where these are."""
+    words: list[str] = []
+    spans = []
+    for word in text.split():
+        if word == concept.placeholder:
+            spans.append((len(words), concept.token_count))
+            words += islice(cycle(concept.initial_text.split()), concept.token_count)
+        else:
+            words.append(word)
+    return words, tuple(spans)
 
 
 def smooth(rng: np.random.Generator, shape: tuple[int, int, int, int]) -> NDArray[np.float32]:

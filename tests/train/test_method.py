@@ -10,19 +10,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from shared.errors import ConfigError
+from shared.concept import text_key
+from shared.config import EmbeddingConfig
+from shared.errors import StoreError
 from shared.keys import caption_key
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
 from tests.train.children import child
 from tests.train.make import config, events, listed, make_run, make_store, trained
-from train.embedding import initial_texts, make_concept
+from train.embedding import OutputConcept, first_rows
 from train.rounding import Rounded, round_stochastic
 from train.session import start
+from train.stores import open_dataset
 
 Made = tuple[Path, ModelSpec, Path]
-CPU = torch.device("cpu")
-CONCEPT = {"placeholder": "<zorb>", "initial_text": "a thing", "token_count": 3}
+CONCEPT: dict[str, Any] = {"placeholder": "<zorb>", "initial_text": "a thing", "token_count": 3}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 0.01},
     "dora": {"peft_type": "DORA", "learning_rate": 0.01, "lora_dropout": 0.2},
@@ -51,8 +53,7 @@ def zorbs(single: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
     texts = [f"<zorb> moving {way} on black" for way in ("left", "right", "up", "down")]
     samples = [listed(n, spec, captions=(caption_key(texts[n % 4]),), split="validation" if n == 5 else "train")
                for n in range(6)]  # fmt: skip
-    replaced = [text.replace("<zorb>", "a thing") for text in texts]
-    store = make_store(tmp_path_factory.mktemp("z") / "s.zarr", spec, samples, (*texts, *replaced, "a thing"))
+    store = make_store(tmp_path_factory.mktemp("z") / "s.zarr", spec, samples, tuple(texts), EmbeddingConfig(**CONCEPT))
     return model, spec, store
 
 
@@ -84,23 +85,28 @@ def test_an_embedding_file_says_how_to_use_it(zorbs: Made, tmp_path: Path) -> No
     path = run.folder / "run.safetensors"
     assert load_file(path)["embedding"].shape == (3, spec.text_dim)
     with safe_open(path, "pt") as file:
-        assert file.metadata()["placeholder"] == "<zorb>" and file.metadata()["initial_text"] == "a thing"
+        said = file.metadata()
+    assert {name: said[name] for name in CONCEPT} == CONCEPT | {"token_count": "3"}
 
 
 def test_learned_rows_take_the_placeholders_place(zorbs: Made) -> None:
-    _, _, store = zorbs
-    reader, settings = StoreReader([store]), config(zorbs[0], embedding=CONCEPT).embedding
-    text = "<zorb> moving left on black"
-    concept = make_concept(initial_texts([text, "no concept here"], settings), settings, reader, CPU)
-    embedding = concept.embedding(caption_key(text), reader)
-    stored = torch.from_numpy(reader.text(caption_key("a thing moving left on black")).embedding_Sd.copy()).float()
-    assert list(concept.places) == [caption_key(text)]
-    torch.testing.assert_close(embedding[3:], stored[2:])
-    torch.testing.assert_close(embedding[:3], concept.rows_nd.detach())
+    reader, settings = StoreReader([zorbs[2]]), EmbeddingConfig(**CONCEPT)
+    texts = [reader.text(text_key(f"<zorb> moving {way} on black", settings)) for way in ("left", "up")]
+    rows = first_rows(texts, settings, 16)
+    torch.testing.assert_close(rows, sum(torch.tensor(text.embedding_Sd[:3]).float() for text in texts) / 2)
+    concept = OutputConcept(torch.nn.Parameter(rows + 1))
+    embedding = concept(texts[0])
+    assert embedding is not None and torch.equal(embedding[3:], torch.tensor(texts[0].embedding_Sd[3:]).float())
+    assert torch.equal(embedding[:3], concept.rows_nd)
     embedding.sum().backward()
     assert torch.equal(concept.rows_nd.grad, torch.ones_like(concept.rows_nd))
-    with pytest.raises(ConfigError, match=r"<zorb>.*in no caption"):
-        initial_texts(["no concept here"], settings)
+    assert concept(reader.text(caption_key(""))) is None
+
+
+def test_a_placeholder_that_no_caption_has_is_refused(single: Made, tmp_path: Path) -> None:
+    model, spec, store = single
+    with pytest.raises(StoreError, match=r"<zorb>.*in no caption"):
+        open_dataset([store], tmp_path, config(model, **METHODS["embedding"]), spec)
 
 
 def test_stochastic_rounding_keeps_the_mean() -> None:

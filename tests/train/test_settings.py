@@ -29,9 +29,10 @@ def test_every_preset_trains(preset: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", num_attention_heads=4, attention_head_dim=16, ffn_dim=128)
     spec = spec_of_folder(model)
     samples = [listed(number, spec, captions=(caption_key("a <concept>"),)) for number in range(3)]
-    store = make_store(tmp_path / "s.zarr", spec, samples, ("a <concept>", "a a thing", "a thing"))
     values = read_layer(PRESETS / f"{preset}.json") | SMALL | {"base_model_name": str(model)}
-    run = make_run(tmp_path / "run", Config.model_validate(values), store)
+    settings = Config.model_validate(values)
+    store = make_store(tmp_path / "s.zarr", spec, samples, ("a <concept>",), settings.embedding)
+    run = make_run(tmp_path / "run", settings, store)
     start(run, finished=False)
     losses = [row["loss"] for row in events(run) if row["event"] == "step"]
     assert len(losses) == 2 and all(loss is not None for loss in losses) and list(run.folder.glob("run*"))

@@ -59,7 +59,7 @@ def test_a_workflow_trains_with_model_and_sizes_swapped(name: str, tmp_path: Pat
     (tmp_path / "my.json").write_text(json.dumps(values | small))
     config: Config = resolve(Choice(preset=preset, config=tmp_path / "my.json")).config
     samples = [listed(number, spec, captions=(caption_key("<concept> one"),)) for number in range(4)]
-    store = make_store(tmp_path / "s.zarr", spec, samples, ("<concept> one", "a thing one", "a thing"))
+    store = make_store(tmp_path / "s.zarr", spec, samples, ("<concept> one",), config.embedding)
     run = make_run(tmp_path / "run", config, store)
     start(run, finished=False)
     assert [row["loss"] is not None for row in events(run) if row["event"] == "step"] == [True, True]
