@@ -59,6 +59,9 @@ class TransformerConfig(Strict):
 class TextEncoderConfig(Strict):
     """UMT5."""
 
+    model_name: str | None = Field(
+        None, description="UMT5 file or folder, or Hub id; null: beside a DiT file, else the model's own"
+    )
     train: bool = Field(False, description="FINE_TUNE only: train it too, from stored token ids")
     learning_rate: float | None = Field(None, gt=0, description="its own rate, else learning_rate")
     weight_dtype: StorageDtype = Field("BFLOAT_16", description="storage of its weights while encoding")
@@ -67,6 +70,9 @@ class TextEncoderConfig(Strict):
 class VaeConfig(Strict):
     """AutoencoderKLWan."""
 
+    model_name: str | None = Field(
+        None, description="VAE file or folder, or Hub id; null: beside a DiT file, else the model's own"
+    )
     weight_dtype: Dtype = Field("FLOAT_32", description="arithmetic of encode and decode")
     tiling: bool = Field(False, description="spatial tiling; it changes latents, so it never switches on by itself")
 
@@ -157,7 +163,9 @@ class Config(Strict):
 
     model_type: Literal["WAN_2_2", "WAN_2_1"] = Field("WAN_2_2", description="family")
     base_model_name: str = Field(
-        "ti2v-5b", min_length=1, description="short name, Hub id, diffusers folder or DiT file"
+        "ti2v-5b",
+        min_length=1,
+        description="short name, Hub id, diffusers folder, DIT.safetensors, or HIGH.safetensors,LOW.safetensors",
     )
     training_method: Literal["LORA", "FINE_TUNE", "EMBEDDING"] = Field("LORA", description="what is trained")
     seed: int = Field(0, ge=0, lt=2**63, description="all randomness is a function of (seed, step, slot)")

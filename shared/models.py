@@ -1,4 +1,4 @@
-"""Facts per Wan model, one table. Input: a base_model_name. Output: its ModelSpec; no weights are touched.
+"""Facts per Wan model, one table. Input: a base_model_name. Output: its ModelSpec; no weights are read.
 
 Sources: sizes, boundary, shift, guidance and fps from Wan-Video/Wan2.2 `wan/configs/wan_*.py` and Wan2.1 likewise;
 diffusers layout from huggingface/diffusers `scripts/convert_wan_to_diffusers.py`.
@@ -6,13 +6,17 @@ diffusers layout from huggingface/diffusers `scripts/convert_wan_to_diffusers.py
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import ModelError
+from shared.fetch import HUB_ID, snapshot
 from shared.keys import fingerprint
+from shared.single_file import dit_files, dit_folder, is_file_name
 
 Expert = Literal["high_noise", "low_noise"]
 ImageCondition = Literal["none", "first_frame", "concat"]
@@ -81,6 +85,15 @@ class ModelSpec:
     guidance: tuple[float, float] = (5.0, 5.0)  # (high, low)
     expert_folders: tuple[tuple[str, str], ...] = (("single", "transformer"),)
     patch_THW: tuple[int, int, int] = (1, 2, 2)
+    # where other parts are, when not in repo: Hub ids or folders; `near`: the DiT file beside which they are looked for
+    vae_repo: str = ""
+    text_repo: str = ""
+    near: str = ""
+
+    @property
+    def source(self) -> str:
+        """What the user knows the DiT by."""
+        return self.near or self.repo
 
     @property
     def grid(self) -> int:
@@ -174,10 +187,13 @@ TINY_NAMES = ("tiny", "tiny-a14b", "tiny-i2v", "tiny-ti2v")
 
 
 def model_spec(base_model_name: str) -> ModelSpec:
-    """Spec of a short name, a Hub id of the table, or a local folder in diffusers layout.
+    """Spec of a short name, a Hub id or a local folder in diffusers layout, or DiT files ('high.safetensors,low...').
 
     Raises ModelError for anything else, and for Wan variants that cannot be trained here.
     """
+    if is_file_name(base_model_name):
+        files = dit_files(base_model_name)
+        return replace(spec_of_folder(dit_folder(files)), near=str(files[0]))
     short = ALIASES.get(base_model_name.lower(), base_model_name.lower())
     if short in SPECS:
         return SPECS[short]
@@ -188,18 +204,30 @@ def model_spec(base_model_name: str) -> ModelSpec:
     folder = Path(base_model_name).expanduser()
     if (folder / "transformer" / "config.json").is_file():
         return spec_of_folder(folder)
+    if re.fullmatch(HUB_ID, base_model_name) and not folder.exists():
+        return _spec_of_hub(base_model_name)
     names = (*SPECS, *TINY_NAMES)
     near = difflib.get_close_matches(base_model_name.lower(), names, n=1)
     hint = f"did you mean {near[0]}?" if near else "give one of them, or a folder in diffusers layout"
     raise ModelError(f"base_model_name {base_model_name!r} is none of {', '.join(names)}, nor a folder; {hint}")
 
 
+@lru_cache(maxsize=4)
+def _spec_of_hub(repo: str) -> ModelSpec:
+    """Spec of any model on the Hub in diffusers layout, from its config files; they are a few KB."""
+    patterns = ("model_index.json", "transformer/config.json", "transformer_2/config.json", "vae/config.json")
+    return replace(spec_of_folder(snapshot(repo, patterns)), repo=repo)
+
+
 def spec_of_folder(folder: Path, name: str | None = None) -> ModelSpec:
-    """Read the facts from the config files of a diffusers folder; sampling facts come from the nearest table row."""
-    dit, vae, index = (
-        _read(folder / part) for part in ("transformer/config.json", "vae/config.json", "model_index.json")
-    )
+    """Read the facts from the config files of a diffusers folder; sampling facts come from the nearest table row.
+
+    A folder of DiT files alone has no vae/: its VAE is the one of Wan's that has so many channels.
+    """
+    dit, index = (_read(folder / part) for part in ("transformer/config.json", "model_index.json"))
     refuse_unsupported(dit, str(folder))
+    alone = {kind.channels: kind for kind in (WAN21_VAE, WAN22_VAE)}.get(dit["out_channels"])
+    has_vae = (folder / "vae").is_dir() or alone is None
     pair = (folder / "transformer_2").is_dir()
     heads, in_channels = dit["num_attention_heads"], dit["in_channels"]
     row = next(
@@ -214,7 +242,7 @@ def spec_of_folder(folder: Path, name: str | None = None) -> ModelSpec:
     return ModelSpec(
         name=name or (row.name if row else folder.name),
         repo=str(folder),
-        vae=vae_kind(vae),
+        vae=vae_kind(_read(folder / "vae/config.json")) if has_vae or alone is None else alone,
         fps=row.fps if row else 16,
         heads=heads,
         head_dim=dit["attention_head_dim"],

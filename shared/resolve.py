@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from shared.config import BUILT, Config, leaf_keys
 from shared.errors import ConfigError
 from shared.models import ModelSpec, model_spec
+from shared.weights import with_parts
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "16gb"
@@ -34,7 +35,8 @@ class Resolved:
     @property
     def spec(self) -> ModelSpec:
         """Facts of the model the config names."""
-        return model_spec(self.config.base_model_name)
+        config = self.config
+        return with_parts(model_spec(config.base_model_name), config.vae.model_name, config.text_encoder.model_name)
 
 
 @dataclass(frozen=True)
