@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, cast
 
 import ftfy
 import numpy as np
-import safetensors
 import torch
 from numpy.typing import NDArray
 
@@ -26,6 +25,8 @@ from shared.concept import Spans
 from shared.config import EmbeddingConfig
 from shared.errors import ConfigError, ModelError
 from shared.models import TEXT_LENGTH
+from shared.tensors import read
+from shared.weights import text_places
 
 TOKENS_PER_BATCH = 4096  # bounds activations: 64 heads of scores in float32 are 0.5 GB for 8 texts of 512 tokens
 TOKENS_IN_FLIGHT = 2**18  # texts that pass through the blocks together: 2 GB of hidden states in bfloat16
@@ -185,9 +186,7 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        opener = cast(Any, safetensors.safe_open)
-        files = [opener(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-        self.place: dict[str, Any] = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        self.place = text_places(folder)
 
     def under(self, prefix: str) -> list[str]:
         """Names that start with `prefix`; raises ModelError when there are none."""
@@ -196,11 +195,10 @@ class Weights:
         raise ModelError(f"{self.folder} has no weights {prefix}*; it is not a complete UMT5 encoder")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as stored."""
-        return cast(torch.Tensor, self.place[self.under(name)[0]].get_tensor(name))
+        """One tensor, in float32 where the file has fp8."""
+        return cast(torch.Tensor, read(self.place[self.under(name)[0]]))
 
     def rows(self, names: Sequence[str], rows: list[int]) -> torch.Tensor:
         """Some rows of the first of these tensors that is stored."""
         name = next((name for name in names if name in self.place), names[0])
-        table = self.place[self.under(name)[0]].get_slice(name)
-        return torch.cat([table[row : row + 1] for row in rows])
+        return cast(torch.Tensor, read(self.place[self.under(name)[0]], rows))

@@ -110,14 +110,14 @@ def _place(path: Path, key: str, entries: dict[str, Entry]) -> Place:
     return Place(path, key, scale, entry.shape)
 
 
-def read(place: Place, rows: slice | None = None) -> Any:
+def read(place: Place, rows: slice | list[int] | None = None) -> Any:
     """The tensor, or some of its rows: memory-mapped as stored, fp8 made float32. Raises ModelError when damaged."""
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(place.path, framework="pt") as file:
-            value = file.get_tensor(place.key) if rows is None else file.get_slice(place.key)[rows]
+            value = file.get_tensor(place.key) if rows is None else _rows(file.get_slice(place.key), rows)
             scale = None if place.scale is None else file.get_tensor(place.scale).float()
     except SafetensorError as error:
         raise ModelError(f"{place.path} is damaged ({error}); download it again") from None
@@ -128,3 +128,10 @@ def read(place: Place, rows: slice | None = None) -> Any:
     if scale.numel() > 1:  # one per row
         scale = scale.view(-1, 1) if rows is None else scale.view(-1, 1)[rows]
     return value.float() * scale
+
+
+def _rows(table: Any, rows: slice | list[int]) -> Any:
+    """A range of rows, or single ones, of which only these are read."""
+    import torch
+
+    return table[rows] if isinstance(rows, slice) else torch.cat([table[row : row + 1] for row in rows])

@@ -9,7 +9,7 @@ start.
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,7 +27,8 @@ from shared.files import atomic_write, read_json, write_json
 from shared.keys import fingerprint
 from shared.models import ModelSpec, refuse_unsupported
 from shared.progress import progress
-from shared.weights import model_folder, weights_fingerprint
+from shared.tensors import Place, read
+from shared.weights import dit_places, model_folder, weights_fingerprint
 from train.quantize import (
     NF4_BLOCK,
     SCHEMES,
@@ -112,14 +113,15 @@ def stored_state(transformer: Any, source: Path, dtype: StorageDtype, train_dtyp
     linears = {name for name, module in transformer.named_modules() if isinstance(module, QuantizedLinear)}
     state = {name: lasting(as_kept(transformer, name, part, train_dtype, linears))
              for name, part in transformer.state_dict().items()}  # fmt: skip
-    wanted = {name: list(part.shape) for name, part in state.items() if name.rpartition(".")[0] not in linears}
+    wanted = {name: tuple(part.shape) for name, part in state.items() if name.rpartition(".")[0] not in linears}
     for name in linears:
         linear = transformer.get_submodule(name)
-        wanted[f"{name}.weight"] = [linear.out_features, linear.in_features]
+        wanted[f"{name}.weight"] = (linear.out_features, linear.in_features)
         if linear.bias is not None:
-            wanted[f"{name}.bias"] = [linear.out_features]
-    refuse_other_weights(source, wanted)
-    for name, first, rows in pieces_of(source):
+            wanted[f"{name}.bias"] = (linear.out_features,)
+    places = dit_places(source)
+    refuse_other_weights(source, places, wanted)
+    for name, first, rows in pieces_of(source.name, places):
         module = name.removesuffix(".weight")
         if module in linears:
             into = Stored(state[f"{module}.codes"], state[f"{module}.scale"])
@@ -137,9 +139,9 @@ def as_kept(transformer: Any, name: str, part: Tensor, train_dtype: Dtype, linea
     return part.to(torch.float32 if keeps_float32(transformer, name) else TORCH_DTYPES[train_dtype])
 
 
-def refuse_other_weights(source: Path, wanted: dict[str, list[int]]) -> None:
+def refuse_other_weights(source: Path, places: Mapping[str, Place], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ModelError when names or shapes in a folder's files are not those of its config.json."""
-    found = {name: shape for path in weight_files(source) for name, shape in shapes_of(path).items()}
+    found = {name: place.shape for name, place in places.items()}
     if odd := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         raise ModelError(f"{source} does not hold the weights of its config.json: {len(odd)} differ, such as {odd[0]}; "
                          "download it again")  # fmt: skip
@@ -150,35 +152,17 @@ def quantizing_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def weight_files(source: Path) -> list[Path]:
-    """The safetensors files of a folder."""
-    if paths := sorted(source.glob("*.safetensors")):
-        return paths
-    raise ModelError(f"{source} has no .safetensors file; it must be a complete model folder in diffusers layout")
-
-
-def pieces_of(source: Path) -> Iterator[tuple[str, int, Tensor]]:
-    """(name, first row, memory-mapped rows) of all tensors of a folder, in order.
+def pieces_of(source: str, places: Mapping[str, Place]) -> Iterator[tuple[str, int, Tensor]]:
+    """(name, first row, memory-mapped rows) of all tensors, in the order of their files.
 
     A map is closed before the next opens: pages that were read count as this process's until then.
     """
-    names = [(path, name, shape) for path in weight_files(source) for name, shape in shapes_of(path).items()]
-    with progress(f"read {source.name}", len(names)) as advance:
-        for path, name, shape in names:
-            step = max(NF4_BLOCK, PIECE // math.prod(shape[1:]) // NF4_BLOCK * NF4_BLOCK)
-            for first in range(0, shape[0], step):
-                with safe_open(path, framework="pt") as file:
-                    yield name, first, file.get_slice(name)[first : first + step]
+    with progress(f"read {source}", len(places)) as advance:
+        for name, place in places.items():
+            step = max(NF4_BLOCK, PIECE // math.prod(place.shape[1:]) // NF4_BLOCK * NF4_BLOCK)
+            for first in range(0, place.shape[0], step):
+                yield name, first, read(place, slice(first, first + step))
             advance(1)
-
-
-def shapes_of(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in a safetensors file, whose length is checked."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
-    except SafetensorError as error:
-        raise ModelError(f"{path} is damaged ({error}); download it again") from None
 
 
 def saved_path(folder: Path, part: str, dtype: StorageDtype, train_dtype: Dtype) -> Path:

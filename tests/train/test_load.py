@@ -13,8 +13,10 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from shared.errors import ModelError
-from shared.models import SPECS, ModelSpec
+from shared.models import SPECS, ModelSpec, model_spec
+from shared.names import original_name
 from shared.weights import load_transformer
+from tests.shared.originals import fp8_scaled, save, save_dit
 from train.load import SAVED, load_quantized
 from train.quantize import frozen_linears, store
 
@@ -137,3 +139,30 @@ def test_weights_of_another_shape_are_refused_before_any_is_read(spec: ModelSpec
     WanTransformer3DModel(**SIZES).save_config(folder)
     with pytest.raises(ModelError, match=r"config\.json: 6 differ, such as blocks\.0\.ffn\.net\.0\.proj\.bias"):
         load_quantized(spec, "single", "FLOAT_8")
+
+
+@pytest.mark.parametrize("dtype", ["BFLOAT_16", "FLOAT_8", "NFLOAT_4"])
+def test_a_single_file_is_stored_as_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Original names, bf16 or scaled fp8: what is stored is the folder's weight, or codes times scale."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**SIZES | {"num_attention_heads": 1, "attention_head_dim": 128}).bfloat16()
+    file = save_dit(tmp_path / "dit.safetensors", model)
+    model.save_pretrained(tmp_path / "folder" / "transformer")
+    wanted = load_quantized(replace(SPECS["ti2v-5b"], repo=str(tmp_path / "folder")), "single", dtype).state_dict()
+    found = load_quantized(model_spec(str(file)), "single", dtype, save_above=0).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(plain(found[name]), plain(wanted[name])) for name in wanted)
+    scaled = fp8_scaled({original_name(name): part for name, part in model.state_dict().items()})
+    save(scaled, tmp_path / "scaled.safetensors")
+    product = scaled["blocks.1.ffn.0.weight"].float() * scaled["blocks.1.ffn.0.scale_weight"]
+    found = load_quantized(model_spec(str(tmp_path / "scaled.safetensors")), "single", dtype).state_dict()
+    name = "blocks.1.ffn.net.0.proj"
+    if dtype == "BFLOAT_16":
+        assert torch.equal(found[f"{name}.weight"], product.bfloat16())
+    else:
+        assert torch.equal(plain(found[f"{name}.codes"]), plain(store(product, dtype).codes))
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

@@ -1,0 +1,27 @@
+"""Repackaged text encoders give the embeddings of the model they were made from, block by block."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from encode.text import TextEncoder
+from shared.models import TINY_FOLDER, model_spec
+from shared.weights import load_text_encoder, model_folder, with_parts
+from tests.shared.originals import save_text
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_text_encoder_file_embeds_as_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "tokenizer").symlink_to(TINY_FOLDER / "tokenizer")
+    _, tiny = load_text_encoder(model_spec("tiny"), torch.float32)
+    file = save_text(tmp_path / "umt5.safetensors", tiny, scaled)
+    spec = with_parts(model_spec("tiny"), None, str(file))
+    _, encoder = load_text_encoder(spec, torch.float32)
+    ids = [[3, 7, 9, 1], [5, 1]]
+    ours = TextEncoder(model_folder(spec, ("text_encoder", "tokenizer")), torch.float32, torch.device("cpu"))
+    for row, embedded in zip(ids, ours.embed(ids, lambda _: None), strict=True):
+        with torch.no_grad():
+            wanted = encoder(torch.tensor([row])).last_hidden_state[0]
+        torch.testing.assert_close(torch.from_numpy(embedded), wanted, rtol=1e-5, atol=1e-5)
