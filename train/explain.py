@@ -29,7 +29,7 @@ def derived(resolved: Resolved) -> list[str]:
     shift = training_shift(config, spec)
     exact = [f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size) for size in sizes.resolutions]
     lines = [
-        f"model: {spec.name} ({spec.repo}), experts {', '.join(spec.experts)}, training shift {shift:g}",
+        f"model: {spec.name} ({spec.repo}), {config.training_method}, timestep_shift {shift:g}",
         f"device: {pick_device()}",
         f"clips: {sizes.num_frames} frames at {sizes.fps:g} fps, resolution {', '.join(exact)}",
     ]
@@ -42,19 +42,19 @@ def plan_lines(resolved: Resolved, data: Dataset, plan: Plan) -> list[str]:
     """What follows from the data: buckets, batches, steps, experts."""
     config, total = resolved.config, plan.total_steps()
     plan.epoch_of(0)
+    prior = sum(sample.prior for sample in data.train)
     lines = [
-        f"samples: {len(data.train)} to train ({sum(sample.prior for sample in data.train)} prior), "
-        f"{len(data.validation)} held out",
+        f"samples: {len(data.train)} to train{f' ({prior} of them prior)' if prior else ''}, "
+        f"{len(data.validation)} held out for validation",
         f"steps: {total}, {plan.starts[1]} per epoch",
     ]
     for bucket, count in sorted(plan.buckets().items()):
-        size = micro_batch_size(config, bucket)
-        lines.append(
-            f"bucket {bucket}: {count} draws per epoch in batches of {plan.batch_size}"
-            + (f", the last of {count % plan.batch_size}" if count % plan.batch_size else "")
-            + f", micro-batch {size}, {-(-plan.batch_size // size)} accumulated"
-        )
-    for phase in make_phases(config, resolved.spec, total):
+        batch, part = min(plan.batch_size, count), micro_batch_size(config, bucket)
+        last = f", the last of {count % batch}" if count % batch else ""
+        parts = f", computed {part} at a time" if part < batch else ""
+        lines.append(f"size {bucket}: {count} samples per epoch in batches of {batch}{last}{parts}")
+    phases = make_phases(config, resolved.spec, total)
+    for phase in phases if resolved.spec.boundary is not None else ():
         lines.append(
             f"expert {phase.expert}: steps {phase.first + 1}-{phase.stop}, sigma {phase.law.low:g}-{phase.law.high:g}"
         )

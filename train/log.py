@@ -8,12 +8,13 @@ import os
 import resource
 import struct
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -21,6 +22,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 PNG_SIZE = struct.Struct(">16xII")  # width and height lie behind signature and chunk header (PNG, 11.2.1 IHDR)
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
+LINE_WIDTH = 100  # columns of the live line without its bar, at most
 SMOOTH = 0.95  # decay of the loss average that is shown
 
 
@@ -42,11 +44,11 @@ class RunLog:
         self.board.add_event(
             Event(step=done + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
         )
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]} ETA"))
-        self.progress = Progress(
-            *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal
-        )
-        self.task = self.progress.add_task("train", total=total, completed=done, line="")
+        room = self.console.width - LINE_WIDTH - 1
+        bar = [BarColumn(min(room, 40))] if room > 0 else []
+        columns = (*bar, TextColumn("{task.fields[line]}"))
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("train", total=total, completed=done, line=f"{done}/{total}")
         self.total, self.loss, self.said = total, float("nan"), 0.0
         self.clock = self.started = time.perf_counter()
         self.waited, self.first = 0.0, done
@@ -63,6 +65,11 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line for the user, above the live line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def say_last(self, text: str) -> None:
+        """One line for the user, below the live line, which ends."""
+        self.progress.stop()
+        self.say(text)
 
     def row(self, row: dict[str, Any], timing: dict[str, float] | None = None) -> None:
         """Append a row to events.jsonl and its numbers to TensorBoard."""
@@ -110,16 +117,16 @@ class RunLog:
     def show(self, row: dict[str, Any], samples: int, now: float) -> None:
         """Refresh the live line, or print a plain one now and then."""
         rate = (row["step"] - self.first) / (now - self.started)
+        eta = timedelta(seconds=round((self.total - row["step"]) / rate))
         line = (
-            f"loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.2f} step/s {rate * samples:.1f} samples/s "
-            f"wait {self.waited / (now - self.started):.1%} {peak_memory():.1f} GiB"
+            f"{row['step']}/{self.total} ETA {eta} loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.2f} step/s "
+            f"{rate * samples:.1f} samples/s wait {self.waited / (now - self.started):.0%} {peak_memory():.1f} GiB"
         )
         if not self.progress.disable:
             self.progress.update(self.task, completed=row["step"], line=line)
         elif now - self.said > PLAIN_SECONDS or row["step"] == self.total:
             self.said = now
-            eta = (self.total - row["step"]) / rate
-            self.say(f"step {row['step']}/{self.total} {line} ETA {eta:.0f} s")
+            self.say(f"step {line}")
 
     def resume_clock(self) -> None:
         """Leave out what happened since the last step (validation, previews) from the next step's time."""
@@ -146,6 +153,9 @@ class NoLog(RunLog):
         return self
 
     def say(self, text: str) -> None:
+        """Nothing."""
+
+    def say_last(self, text: str) -> None:
         """Nothing."""
 
     def row(self, row: dict[str, Any], timing: dict[str, float] | None = None) -> None:

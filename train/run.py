@@ -116,8 +116,8 @@ def choose_run(
     stores = store_paths(store, work)
     work_config = work / "config.json"
     if folder is not None and is_run(folder) and choice == Choice():
-        work_config = folder / "config.json"  # nothing was said: the run's own settings
-        stores = stores if store else tuple(map(Path, read_json(folder / "run.json")["stores"]))
+        work_config, facts = folder / "config.json", read_json(folder / "run.json")  # nothing was said: the run's own
+        stores, work = (stores, work) if store else (tuple(map(Path, facts["stores"])), Path(facts["work"]))
     resolved = resolve_for_train(choice, work_config)
     if folder is None:
         name = f"{store_name(stores)}-{config_name(choice, resolved)}"

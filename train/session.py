@@ -61,7 +61,8 @@ def start(run: Run, finished: bool, group: Group = ALONE) -> None:
     remarks = group.agree(lambda: start_folder(run, data.fingerprint))
     done, skipped, more = restore(run, data, group)
     with RunLog(run.folder, done, plan.total_steps()) if group.first else NoLog() as log:
-        facts = [*derived(run.resolved), f"processes: {group.world}", *plan_lines(run.resolved, data, plan)]
+        several = [f"processes: {group.world}"] if group.world > 1 else []
+        facts = [*derived(run.resolved), *several, *plan_lines(run.resolved, data, plan)]
         for line in [f"run: {run.folder}", *facts, *remarks, *more]:
             log.say(line)
         log.text("config", run.config.model_dump_json(indent=1))

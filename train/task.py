@@ -107,7 +107,7 @@ class Task:
         """First signal: stop after this step, with a checkpoint. The second one ends the process at once."""
         self.stopping = number
         signal.signal(number, signal.SIG_DFL)
-        self.log.say("stopping after this step; the same command goes on from there")
+        self.log.say("stopping after this step; once more stops at once, and loses what is not saved yet")
 
     def load(self, phase: Phase) -> Learner:
         """Load an expert, its adapter and optimizer; take their state from the checkpoint when it is of this phase."""
@@ -134,6 +134,8 @@ class Task:
             return
         self.validate(learner, phase, step)
         self.previews.take(learner.bank, phase, step)
+        if self.group.world == 1:  # several processes can only stop together, after a step
+            self.stop_if_asked()
 
     def validate(self, learner: Learner, phase: Phase, step: int) -> None:
         """Measure held-out samples, when there are any."""
@@ -176,8 +178,11 @@ class Task:
         self.log.resume_clock()
 
     def stop_if_asked(self) -> None:
-        """End the process the way its signal would have."""
+        """End the process the way its signal would have, saying what is saved and how to go on."""
         if self.stopping:
+            saved = checkpoint.latest(self.run.folder)
+            where = f"saved in {saved}; go on" if saved is not None else "nothing to save yet; start again"
+            self.log.say_last(f"stopped after step {self.done}; {where} with: make train RUN={self.run.folder}")
             raise SystemExit(128 + self.stopping)
 
     def write_checkpoint(self, learner: Learner, phase: Phase, must: bool) -> None:

@@ -1,25 +1,39 @@
 """What a run shows: TensorBoard says what events.jsonl says, and shows the previews; lines are plain off a terminal."""
 
+import fcntl
 import json
+import os
+import pty
 import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.models import model_spec
+from shared.files import write_json
+from shared.models import ModelSpec, model_spec
+from shared.resolve import Choice, to_json
+from tests.e2e.commands import ROOT
 from tests.train.make import config, listed, make_run, make_store
+from train.checkpoint import latest
 from train.data import ALONE
 from train.log import RunLog
 from train.preview import Previews, undecoded
-from train.run import Run
+from train.run import Run, choose_run
 from train.session import start
 
+Made = tuple[Path, ModelSpec, Path]
 STEPS = 4
 TIMINGS = {"seconds", "samples_per_second", "data_wait", "peak_memory_gib"}
-LINE = (r"step 4/4 loss (\d\.\d{4}) lr \d\.\de-\d\d \d+\.\d\d step/s \d+\.\d samples/s "
-        r"wait \d+\.\d% \d\.\d GiB ETA 0 s")  # fmt: skip
+LINE = (r"ETA 0:00:00 loss (\d\.\d{4}) lr \d\.\de-\d\d \d+\.\d\d step/s \d+\.\d samples/s "
+        r"wait \d+% \d\.\d GiB\n")  # fmt: skip
 
 
 class Watched(NamedTuple):
@@ -94,7 +108,7 @@ def test_tensorboard_has_the_complete_config(watched: Watched) -> None:
 
 def test_off_a_terminal_lines_are_plain(watched: Watched) -> None:
     assert "\x1b" not in watched.said and "\r" not in watched.said
-    (shown,) = re.findall(LINE, watched.said)
+    (shown,) = re.findall(f"step 4/4 {LINE}", watched.said)
     average, *later = (row["loss"] for row in watched.rows if row["event"] == "step")
     for loss in later:
         average += 0.05 * (loss - average)
@@ -110,3 +124,39 @@ def test_previews_that_were_not_decoded_are_when_the_run_goes_on(watched: Watche
         Previews(watched.run, log, ALONE).finish()
     assert sheet.read_bytes() == before and undecoded(watched.run.folder) == []
     assert [picture.step for picture in board_of(watched.run).Images("preview/single")] == [0, STEPS, 0]
+
+
+def test_ctrl_c_on_a_terminal_says_what_is_saved_and_how_to_go_on(single: Made, tmp_path: Path) -> None:
+    write_json(tmp_path / "c.json", to_json(config(single[0], max_steps=100_000)))
+    folder = tmp_path / "run"
+    said, code = on_a_terminal(
+        ["train", "--work", tmp_path, "--store", single[2], "--config", tmp_path / "c.json", "--run", folder],
+        until=b"samples/s",
+    )
+    saved = latest(folder)
+    assert code == 130 and saved is not None
+    assert re.search(rf"{saved.name}/100000 ETA \d+:\d\d:\d\d loss \d\.\d{{4}} lr .* wait \d+% \d\.\d GiB", said)
+    assert (
+        said.splitlines()[-1]
+        == f"stopped after step {saved.name}; saved in {saved}; go on with: make train RUN={folder}"
+    )
+    again = choose_run(Choice(), Path("work"), None, folder, None)
+    assert (again.stores, again.work) == ((single[2],), tmp_path) and again.config.max_steps == 100_000
+
+
+def on_a_terminal(arguments: list[Any], until: bytes) -> tuple[str, int]:
+    """`python -m ...` on a terminal of 100 columns, interrupted once it has said `until`: its output and exit code."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "xterm"})  # fmt: skip
+    os.close(theirs)
+    said = b""
+    while until not in said:
+        said += os.read(ours, 1 << 16)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    with suppress(OSError):  # how a terminal's end is read
+        while more := os.read(ours, 1 << 16):
+            said += more
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode()), process.wait(60)
