@@ -178,7 +178,9 @@ class Config(Strict):
     crop: Literal["center", "top", "smart"] = Field(
         "center", description="which part is kept when the aspect differs; smart: where most moves or has edges"
     )
-    codec: Literal["x264", "lossless"] = Field("x264", description="of the clips in the shards")
+    codec: Literal["x264", "lossless"] = Field(
+        "x264", description="of the clips in the shards; x264 at crf 12 is 38 to 44 dB from lossless on real footage"
+    )
     shard_megabytes: int = Field(64, ge=1, description="size of a tar shard; one shard is one unit of encode's work")
     gates: GatesConfig = GatesConfig()
     caption: CaptionConfig = CaptionConfig()
