@@ -54,7 +54,10 @@ class Order:
 @config_options
 @click.option("--ffmpeg", help="ffmpeg program to use in place of the one of the imageio-ffmpeg package.")
 @click.option("--rehash", is_flag=True, help="Read every source again, also where size, time and inode are unchanged.")
-def main(data: Path | None, work: Path, choice: Choice, ffmpeg: str | None, rehash: bool) -> None:
+@click.pass_context
+def main(
+    context: click.Context, data: Path | None, work: Path, choice: Choice, ffmpeg: str | None, rehash: bool
+) -> None:
     """Turn any folder of videos and images into clean, captioned, bucketed tar shards.
 
     Captions are taken from clip.txt beside clip.mp4, captions/, captions.txt, metadata.jsonl, metadata.csv, a JSONL
@@ -64,9 +67,29 @@ def main(data: Path | None, work: Path, choice: Choice, ffmpeg: str | None, reha
     \b
     Example: python -m ingest --data my_videos/ --preset 16gb --set "frames=17 caption_prefix=zorb"
     """
+    if context.invoked_subcommand is not None:
+        return
     if data is None:
         raise DatasetError("DATA is missing: the folder of your videos; run: make ingest DATA=my_videos/")
     ingest(Order(data, work, choice, ffmpeg or None, rehash))
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("imported"), show_default=True, help="New folder.")
+def import_file(file: Path, out: Path) -> None:
+    """Read another trainer's FILE: write OUT/config.json and OUT/data, and say line by line what has no equivalent.
+
+    FILE: a TOML of musubi-tuner or diffusion-pipe, a YAML of ai-toolkit, a JSONL of video_path and caption,
+    videos2caption.json or merge.txt of FastVideo, a tar of video2dataset or a folder of them.
+
+    \b
+    Example: python -m ingest import dataset.toml --out mine && make ingest DATA=mine/data CONFIG=mine/config.json
+    """
+    from ingest.importing import import_foreign  # not needed for anything else
+
+    for line in import_foreign(file, out):
+        click.echo(line)
 
 
 def ingest(order: Order) -> None:
