@@ -112,6 +112,13 @@ class ConceptConfig(Strict):
     repeats: int = Field(1, ge=1, description="times each sample is seen per epoch")
 
 
+class BaseAdapterConfig(Strict):
+    """An adapter merged into the model before training."""
+
+    file: str = Field(min_length=1, description="a .safetensors adapter; a high_noise name stands for the pair")
+    strength: float = Field(1.0, description="its update is multiplied by this")
+
+
 class ValidationConfig(Strict):
     """Held-out clips at fixed timesteps and fixed noise."""
 
@@ -231,7 +238,9 @@ class Config(Strict):
         r".*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)", description="regex on module names"
     )
     resume_from_adapter: str | None = Field(None, description="adapter file to start from")
-    base_adapters: tuple[str, ...] = Field((), description="adapter files merged into the model before training")
+    base_adapters: tuple[BaseAdapterConfig, ...] = Field(
+        (), description="adapter files merged into the model before training, or [{file, strength}]"
+    )
     embedding: EmbeddingConfig = EmbeddingConfig()
 
     expert: Literal["both", "high_noise", "low_noise"] = Field("both", description="of a two-expert model")
@@ -266,6 +275,14 @@ class Config(Strict):
     def _one_number(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    @field_validator("base_adapters", mode="before")
+    @classmethod
+    def _plain_files(cls, value: Any) -> Any:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            return items
+        return [{"file": item} if isinstance(item, str) else item for item in items]
+
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _older_spelling(cls, value: Any) -> Any:
@@ -292,7 +309,6 @@ BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "compile": (False,),
     "attention": ("AUTO", "SDPA"),
     "optimizer.name": ("ADAMW", "ADAMW_8BIT", "ADAFACTOR", "PRODIGY", "CAME", "LION", "MUON"),
-    "base_adapters": ((),),
 }
 
 

@@ -209,10 +209,10 @@ def weights_fingerprint(folder: Path) -> str:
     files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".model"})
     if not files:
         raise ModelError(f"{folder} holds no weights")
-    return fingerprint(files={path.name: _content_name(path) for path in files})
+    return fingerprint(files={path.name: content_name(path) for path in files})
 
 
-def _content_name(path: Path) -> str:
+def content_name(path: Path) -> str:
     """sha256 of a file, not computed where it is known: the Hub names large files by it, others are remembered."""
     target = path.resolve()
     if len(target.name) == hashlib.sha256().digest_size * 2 and target.parent.name == "blobs":

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from shared.config import leaf_keys
 from shared.geometry import geometry
-from shared.resolve import Resolved, value_at
+from shared.resolve import Resolved, to_json
 from train.data import Plan, micro_batch_size
 from train.model import pick_device
 from train.phases import make_phases, training_shift
@@ -14,11 +15,12 @@ from train.stores import Dataset
 
 def settings(resolved: Resolved) -> list[str]:
     """One line per setting: key, value, source."""
-    lines = []
+    lines, complete = [], to_json(resolved.config)
     for key in leaf_keys():
-        value = value_at(resolved.config, key)
-        plain = {name: item.model_dump() for name, item in value.items()} if isinstance(value, dict) else value
-        lines.append(f"{key:45} {json.dumps(plain):32} {resolved.sources[key]}")
+        value: Any = complete
+        for name in key.split("."):
+            value = value[name]
+        lines.append(f"{key:45} {json.dumps(value):32} {resolved.sources[key]}")
     return lines
 
 
@@ -29,7 +31,7 @@ def derived(resolved: Resolved) -> list[str]:
     shift = training_shift(config, spec)
     exact = [f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size) for size in sizes.resolutions]
     lines = [
-        f"model: {spec.name} ({spec.repo}), {config.training_method}, timestep_shift {shift:g}",
+        f"model: {spec.name} ({spec.source}), {config.training_method}, timestep_shift {shift:g}",
         f"device: {pick_device()}",
         f"clips: {sizes.num_frames} frames at {sizes.fps:g} fps, resolution {', '.join(exact)}",
     ]

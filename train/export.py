@@ -22,39 +22,11 @@ from torch import Tensor
 from shared.config import Config, OutputFormat
 from shared.files import atomic_write, read_json, write_json
 from shared.models import ModelSpec
+from shared.names import original_name
 from shared.resolve import to_json
-from shared.weights import model_folder, torch_dtype, weights_fingerprint
+from shared.weights import content_name, model_folder, torch_dtype, weights_fingerprint
+from train.adapter_file import base_adapters
 from train.run import Run
-
-# diffusers -> original, in order (huggingface/diffusers scripts/convert_wan_to_diffusers.py, reversed)
-ORIGINAL_NAMES = (
-    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("condition_embedder.time_proj", "time_projection.1"),
-    ("proj_out", "head.head"),
-    ("attn1", "self_attn"),
-    ("attn2", "cross_attn"),
-    ("to_q", "q"),
-    ("to_k", "k"),
-    ("to_v", "v"),
-    ("to_out.0", "o"),
-    ("ffn.net.0.proj", "ffn.0"),
-    ("ffn.net.2", "ffn.2"),
-    ("norm2", "norm3"),  # the one with weights
-    ("scale_shift_table", "modulation"),
-)
-
-
-def original_name(name: str) -> str:
-    """Name in Wan's own code of a module or tensor, given its diffusers name."""
-    if name == "scale_shift_table":
-        return "head.modulation"
-    parts = f".{name}."
-    for ours, theirs in ORIGINAL_NAMES:
-        parts = parts.replace(f".{ours}.", f".{theirs}.")
-    return parts.strip(".")
 
 
 def comfy_lora(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -133,6 +105,9 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
         "store_fingerprint": data,
         "config": json.dumps(settings, sort_keys=True),
     }
+    if merged := base_adapters(config, expert):
+        named = [{"file": path.name, "sha256": content_name(path), "strength": value} for path, value in merged]
+        facts["base_adapters"] = json.dumps(named)
     if config.training_method == "EMBEDDING":
         concept = config.embedding
         facts |= {"placeholder": concept.placeholder, "initial_text": concept.initial_text, "kind": concept.kind,

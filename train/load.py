@@ -9,7 +9,7 @@ start.
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from shared.keys import fingerprint
 from shared.models import ModelSpec, refuse_unsupported
 from shared.progress import progress
 from shared.tensors import Place, read
-from shared.weights import dit_places, model_folder, weights_fingerprint
+from shared.weights import content_name, dit_places, model_folder, weights_fingerprint
+from train.merge import Merge
 from train.quantize import (
     NF4_BLOCK,
     SCHEMES,
@@ -41,6 +42,7 @@ from train.quantize import (
     store_rows,
 )
 
+Adapters = Sequence[tuple[Path, float]]  # (file, strength)
 STORAGE_VERSION = 1  # raise it when codes or their layout change
 SAVED = "prewan"  # sub-folder of the model folder
 PIECE = 1 << 24  # weights read at a time
@@ -48,7 +50,12 @@ SAVE_ABOVE = 256 << 20  # bytes; smaller models are stored anew in less time tha
 
 
 def load_quantized(
-    spec: ModelSpec, expert: str, dtype: StorageDtype, train_dtype: Dtype = "BFLOAT_16", save_above: int = SAVE_ABOVE
+    spec: ModelSpec,
+    expert: str,
+    dtype: StorageDtype,
+    train_dtype: Dtype = "BFLOAT_16",
+    adapters: Adapters = (),
+    save_above: int = SAVE_ABOVE,
 ) -> Any:
     """WanTransformer3DModel, frozen: block linears stored as `dtype`, the rest in train_dtype, or float32 as Wan says.
 
@@ -59,10 +66,10 @@ def load_quantized(
     plain = TORCH_DTYPES.get(dtype) == TORCH_DTYPES[train_dtype]
     transformer = skeleton(folder / part, None if plain else dtype)
     size = sum(path.stat().st_size for path in (folder / part).glob("*.safetensors"))
-    saved = saved_path(folder, part, dtype, train_dtype) if size >= save_above and not plain else None
+    saved = saved_path(folder / part, dtype, train_dtype, adapters) if size >= save_above and not plain else None
     state = read_saved(saved) if saved else None
     if state is None:
-        state = stored_state(transformer, folder / part, dtype, train_dtype)
+        state = stored_state(transformer, folder / part, dtype, train_dtype, adapters)
         if saved:
             save(saved, state)
     transformer.load_state_dict(state, assign=True)
@@ -105,8 +112,10 @@ def dit_config(spec: ModelSpec) -> dict[str, Any]:
             "num_layers": spec.num_layers, "patch_size": spec.patch_THW}  # fmt: skip
 
 
-def stored_state(transformer: Any, source: Path, dtype: StorageDtype, train_dtype: Dtype) -> dict[str, Tensor]:
-    """Read every weight of a sub-folder and convert it, some rows at a time.
+def stored_state(
+    transformer: Any, source: Path, dtype: StorageDtype, train_dtype: Dtype, adapters: Adapters = ()
+) -> dict[str, Tensor]:
+    """Read every weight of a sub-folder, merge adapters into it and convert it, some rows at a time.
 
     All results are made first: what lasts, allocated between what is soon freed, would leave holes in the heap.
     """
@@ -121,7 +130,9 @@ def stored_state(transformer: Any, source: Path, dtype: StorageDtype, train_dtyp
             wanted[f"{name}.bias"] = (linear.out_features,)
     places = dit_places(source)
     refuse_other_weights(source, places, wanted)
-    for name, first, rows in pieces_of(source.name, places):
+    merge = Merge(adapters, places)
+    for name, first, plain in pieces_of(source.name, places):
+        rows = merge.rows(name, first, plain)
         module = name.removesuffix(".weight")
         if module in linears:
             into = Stored(state[f"{module}.codes"], state[f"{module}.scale"])
@@ -165,11 +176,13 @@ def pieces_of(source: str, places: Mapping[str, Place]) -> Iterator[tuple[str, i
             advance(1)
 
 
-def saved_path(folder: Path, part: str, dtype: StorageDtype, train_dtype: Dtype) -> Path:
+def saved_path(source: Path, dtype: StorageDtype, train_dtype: Dtype, adapters: Adapters = ()) -> Path:
     """Where the stored weights of this very content are, or would be."""
-    key = fingerprint(weights=content_of(folder / part, folder / SAVED / f"{part}.json"), dtype=dtype,
-                      rest=train_dtype, version=STORAGE_VERSION)  # fmt: skip
-    return folder / SAVED / f"{part}-{dtype}-{train_dtype}-{key}.safetensors"
+    folder = source.parent / SAVED
+    merged = {"adapters": [[content_name(path), strength] for path, strength in adapters]} if adapters else {}
+    key = fingerprint(weights=content_of(source, folder / f"{source.name}.json"), dtype=dtype, rest=train_dtype,
+                      version=STORAGE_VERSION, **merged)  # fmt: skip
+    return folder / f"{source.name}-{dtype}-{train_dtype}-{key}.safetensors"
 
 
 def content_of(source: Path, notes: Path) -> str:

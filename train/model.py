@@ -17,6 +17,7 @@ from shared.models import ModelSpec
 from shared.store_read import StoreReader
 from shared.store_read import Text as StoredText
 from shared.weights import torch_dtype
+from train.adapter_file import base_adapters
 from train.condition import concat_mask
 from train.flow import wide
 from train.lean import LeanOptions, Places, Text, collate_text, lean_forward, project_text
@@ -58,7 +59,8 @@ def load_model(spec: ModelSpec, expert: str, config: Config, device: torch.devic
     placement = plan_for_device(config, spec, device).placement  # while the memory is still free
     if config.training_method == "FINE_TUNE":
         return load_trainable(spec, expert, config, device, placement)
-    transformer = load_quantized(spec, expert, config.transformer.weight_dtype, config.train_dtype)
+    merged = base_adapters(config, expert)
+    transformer = load_quantized(spec, expert, config.transformer.weight_dtype, config.train_dtype, merged)
     options = placed(transformer, config, device, placement)
     return Model(transformer, device, torch_dtype(config.train_dtype), options)
 
@@ -74,7 +76,7 @@ def placed(transformer: Any, config: Config, device: torch.device, placement: Pl
 def load_trainable(spec: ModelSpec, expert: str, config: Config, device: torch.device, placement: Placement) -> Model:
     """Load an expert whose own weights are trained."""
     storage: Dtype = "FLOAT_32" if config.transformer.weight_dtype == "FLOAT_32" else config.train_dtype
-    transformer = load_quantized(spec, expert, storage, storage)
+    transformer = load_quantized(spec, expert, storage, storage, base_adapters(config, expert))
     options = placed(transformer, config, device, placement)
     return Model(transformer, device, torch_dtype(config.train_dtype), options, storage != config.train_dtype)
 
@@ -132,7 +134,9 @@ class TextBank:
 
 
 def refuse_mismatch(config: Config, spec: ModelSpec) -> None:
-    """Settings that contradict the model."""
+    """Settings that contradict the model, and adapters that are not there."""
+    for expert in spec.experts:
+        base_adapters(config, expert)
     if config.expert != "both" and spec.boundary is None:
         raise ConfigError(f"expert={config.expert}: {spec.name} has one expert; leave expert at both")
     if config.expert_share is not None and (spec.boundary is None or config.expert != "both"):

@@ -30,6 +30,7 @@ FIXED = (
         "expert",
         "expert_share",
         "resume_from_adapter",
+        "base_adapters",
     ),
     *("peft_type", "lora_rank", "lora_alpha", "lora_targets", "text_encoder.train"),
     *("embedding.token_count", "embedding.kind", "embedding.placeholder", "embedding.initial_text"),

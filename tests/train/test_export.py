@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from shared.config import Config
 from shared.errors import RunError
 from shared.models import SPECS, ModelSpec
+from shared.names import original_name
 from tests.train.make import config, make_run
 from train.adapter import add_adapter
 from train.adapter_file import adapter_path, start_from
-from train.export import block_linears, describe, formatted, original_name, write_result
+from train.export import block_linears, describe, formatted, write_result
 from train.lean import collate_text, project_text
 from train.model import Model, load_model, predict
 from train.run import Run
