@@ -214,7 +214,10 @@ class Config(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_scheduler: Literal["CONSTANT", "COSINE", "LINEAR"] = Field("CONSTANT", description="after warmup")
     warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warmup")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: never")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm; 0: never")
+    clip: Literal["GLOBAL", "BLOCK"] = Field(
+        "GLOBAL", description="FINE_TUNE: norm of all gradients, or each block's own, which lets it be updated at once"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay per update of averaged weights, saved beside")
     timestep_distribution: Literal["UNIFORM", "LOGIT_NORMAL", "MODE"] = Field(
         "UNIFORM", description="of sigma before shift"
@@ -306,6 +309,7 @@ BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "transformer.train": (True,),
     "text_encoder.train": (False,),
     "train_dtype": ("FLOAT_32", "BFLOAT_16"),
+    "clip": ("GLOBAL",),
     "compile": (False,),
     "attention": ("AUTO", "SDPA"),
     "optimizer.name": ("ADAMW", "ADAMW_8BIT", "ADAFACTOR", "PRODIGY", "CAME", "LION", "MUON"),

@@ -1,19 +1,20 @@
 """Blocks that live in RAM and visit the device, and block inputs that wait in RAM for the backward.
 
 Input: a loaded DiT on the CPU and a Placement. Output: the same DiT on the device, and a `run_block` for lean.py.
-Frozen matrices of streamed blocks stay in one flat pinned buffer per block, in their storage dtype, and are copied to
-one of two device buffers on a side stream while other blocks compute: forward, and in reverse in the backward, where a
-streamed block is computed again. Nothing frozen is ever copied back. Norms, biases, modulation and adapters stay on the
-device: an operation may read them again in the backward. The numbers are those of fraction 0, bit for bit.
+Matrices of streamed blocks stay in one flat pinned buffer per block, in their storage dtype, and are copied to one of
+two device buffers on a side stream while other blocks compute: forward, and in reverse in the backward, where a
+streamed block is computed again. Nothing frozen is ever copied back; what a full fine-tune changes is (blockwise.py
+says when). Norms, biases, modulation and adapters stay on the device: an operation may read them again in the backward.
+The numbers are those of fraction 0, bit for bit.
 
 On the CPU the same code runs; streams and events are then absent.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,39 +29,62 @@ ALIGNMENT = 256  # bytes; what vectorised kernels and dtype views ask of an addr
 PARKED_CELLS = 1 << 20  # smaller inputs are not worth a copy
 
 
-class Piece(NamedTuple):
-    """Where a buffer of a module lies in its block's bytes."""
+Owner = MutableMapping[str, Any] | nn.Parameter
 
-    module: QuantizedLinear
+
+class Piece(NamedTuple):
+    """Where a tensor lies in its block's bytes, and who holds it: a mapping under `name`, or a parameter."""
+
+    owner: Owner
     name: str
     start: int
     size: int
     dtype: torch.dtype
     shape: torch.Size
 
+    def give(self, tensor: Tensor) -> None:
+        """Let the owner hold this tensor."""
+        if isinstance(self.owner, nn.Parameter):
+            self.owner.data = tensor
+        else:
+            self.owner[self.name] = tensor
+
 
 @dataclass(frozen=True)
 class HostBlock:
-    """The frozen matrices of one block in RAM."""
+    """Tensors of one block in RAM. Owners of what changes hold views of it while it is not on the device; owners of
+    what is frozen hold nothing then, so that reading it outside its turn fails."""
 
     bytes: Tensor  # flat uint8, pinned when the device is a GPU
     pieces: tuple[Piece, ...]
+    changes: bool
+
+    def take_away(self, device: torch.device) -> None:
+        """Take the tensors from the device."""
+        for piece in self.pieces:
+            piece.give(
+                piece_of(self.bytes, piece) if self.changes else torch.empty(0, dtype=piece.dtype, device=device)
+            )
 
 
-def place(transformer: Any, placement: Placement, parked: bool, device: torch.device) -> "BlockRunner":
+def place(
+    transformer: Any, placement: Placement, parked: bool, device: torch.device, trained: bool = False
+) -> "BlockRunner":
     """Move a DiT to the device, its streamed blocks' matrices to pinned RAM; returns what runs its blocks.
 
     Streamed blocks are spread evenly, so that each copy has several blocks' time, and are always computed again; of the
-    others, the leading ones.
+    others, the leading ones. `trained`: the matrices themselves are, so that they change.
     """
     blocks = transformer.blocks
     streamed = spread(placement.streamed, len(blocks))
-    hosts = {index: to_host(blocks[index], device) for index in streamed}
+    hosts = {index: to_host(blocks[index], device, trained) for index in streamed}
     transformer.to(device)
+    for host in hosts.values():
+        host.take_away(device)
     kept = [index for index in range(len(blocks)) if index not in hosts]
     again = {*streamed, *kept[: placement.recomputed - len(streamed)]}
     ring = Ring(hosts, device) if hosts else None
-    return BlockRunner(blocks, again, ring, Parking(device) if parked else None, device)
+    return BlockRunner(blocks, again, ring, Parking(device) if parked else None, device, trained)
 
 
 def spread(count: int, blocks: int) -> list[int]:
@@ -68,25 +92,36 @@ def spread(count: int, blocks: int) -> list[int]:
     return [number * blocks // count for number in range(count)]
 
 
-def to_host(block: nn.Module, device: torch.device) -> HostBlock:
-    """Take a block's frozen matrices out of it, into one flat buffer. What is left in their place is empty."""
+def to_host(block: nn.Module, device: torch.device, trained: bool) -> HostBlock:
+    """Take a block's matrices out of it, into one flat buffer. What is left in their place is empty."""
+    tensors: list[tuple[Owner, str, Tensor]]
+    if trained:
+        weights = [cast(nn.Parameter, module.weight) for module in block.modules() if type(module) is nn.Linear]
+        tensors = [(weight, "", weight.data) for weight in weights]
+        return pack(tensors, device, changes=True)
     stored_linears(block)
-    pieces: list[Piece] = []
-    start = 0
-    for module in block.modules():
-        if isinstance(module, QuantizedLinear):
-            for name, tensor in module.named_buffers(recurse=False):
-                pieces.append(Piece(module, name, start, tensor.nbytes, tensor.dtype, tensor.shape))
-                start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    linears = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
+    tensors = [(module._buffers, name, part) for module in linears
+               for name, part in module.named_buffers(recurse=False)]  # fmt: skip
+    host = pack(tensors, device, changes=False)
+    for module, codes, scale in zip(linears, host.pieces[0::2], host.pieces[1::2], strict=True):
+        module.away = Stored(piece_of(host.bytes, codes), piece_of(host.bytes, scale))
+    return host
+
+
+def pack(tensors: Sequence[tuple[Owner, str, Tensor]], device: torch.device, changes: bool) -> HostBlock:
+    """Copy tensors into one flat buffer in RAM; their owners hold empty ones from then on."""
+    pieces, start = [], 0
+    for owner, name, tensor in tensors:
+        pieces.append(Piece(owner, name, start, tensor.nbytes, tensor.dtype, tensor.shape))
+        start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     flat = torch.empty(start, dtype=torch.uint8)
-    for piece in pieces:
-        piece_of(flat, piece).copy_(piece.module.get_buffer(piece.name))
-        piece.module._buffers[piece.name] = piece.module.get_buffer(piece.name).new_empty(0)
-    for codes, scale in zip(pieces[0::2], pieces[1::2], strict=True):
-        codes.module.away = Stored(piece_of(flat, codes), piece_of(flat, scale))
+    for piece, (_, _, tensor) in zip(pieces, tensors, strict=True):
+        piece_of(flat, piece).copy_(tensor)
+        piece.give(tensor.new_empty(0))
     if device.type == "cuda":
         pin(flat)
-    return HostBlock(flat, tuple(pieces))
+    return HostBlock(flat, tuple(pieces), changes)
 
 
 def stored_linears(block: nn.Module) -> None:
@@ -120,47 +155,87 @@ class Ring:
     """Two device buffers through which streamed blocks pass; at most one copy is ahead of the computation."""
 
     def __init__(self, hosts: dict[int, HostBlock], device: torch.device) -> None:
-        self.hosts, self.order = hosts, sorted(hosts)
+        self.hosts, self.order, self.device = hosts, sorted(hosts), device
         size = max(host.bytes.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(SLOTS, len(hosts)))]
         self.held: list[int | None] = [None] * len(self.slots)
-        self.side = side_stream(device)
+        self.side, self.back = side_stream(device), side_stream(device)
         self.ready: list[torch.cuda.Event | None] = [None] * len(self.slots)
+        self.written: list[torch.cuda.Event | None] = [None] * len(self.slots)
         self.copies = 0
 
     def load(self, index: int, backward: bool) -> None:
-        """Give a block its matrices, and start the copy of the block that comes after it."""
+        """Give a block its tensors, and start the copy of the block that comes after it."""
         if index not in self.held:
-            self._copy(index, self.held.index(None) if None in self.held else self._furthest(index))
+            self._copy(index, self._free_slot(index))
+        self._give(index)
+        place_in_order = self.order.index(index) + (-1 if backward else 1)
+        if 0 <= place_in_order < len(self.order) and (following := self.order[place_in_order]) not in self.held:
+            self._copy(following, slot=1 - self.held.index(index))
+
+    def open(self, index: int) -> None:
+        """Give a block room for tensors, whose values are still to be made."""
+        if index not in self.held:
+            slot = self._free_slot(index)
+            self._empty(slot, index)
+            self.ready[slot] = self.written[slot]
+        self._give(index)
+
+    def store(self, index: int) -> None:
+        """Start copying a block that was changed on the device back to RAM."""
+        slot = self.held.index(index)
+        target = self.hosts[index].bytes
+        source = self.slots[slot][: target.numel()]
+        if self.back is None:
+            target.copy_(source)
+            return
+        self.back.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.back):
+            target.copy_(source, non_blocking=True)
+            self.written[slot] = self.back.record_event()
+
+    def settle(self) -> None:
+        """Wait until all that was stored is in RAM."""
+        if self.back is not None:
+            self.back.synchronize()
+
+    def release(self) -> None:
+        """Take the tensors out of the blocks, so that the buffers can be freed."""
+        self.settle()
+        for host in self.hosts.values():
+            host.take_away(self.device)
+
+    def _give(self, index: int) -> None:
         slot = self.held.index(index)
         if self.side is not None and self.ready[slot] is not None:
             torch.cuda.current_stream().wait_event(self.ready[slot])  # type: ignore[arg-type]
         for piece in self.hosts[index].pieces:
-            piece.module._buffers[piece.name] = piece_of(self.slots[slot], piece)
-        place_in_order = self.order.index(index) + (-1 if backward else 1)
-        if 0 <= place_in_order < len(self.order) and (following := self.order[place_in_order]) not in self.held:
-            self._copy(following, slot=1 - slot)
+            piece.give(piece_of(self.slots[slot], piece))
 
-    def release(self) -> None:
-        """Take the matrices out of the blocks, so that the buffers can be freed."""
-        for host in self.hosts.values():
-            for piece in host.pieces:
-                piece.module._buffers[piece.name] = piece.module.get_buffer(piece.name).new_empty(0)
-
-    def _furthest(self, index: int) -> int:
-        """The slot whose block is further from `index`: the other one may be what comes next."""
+    def _free_slot(self, index: int) -> int:
+        """An empty slot, or the one whose block is further from `index`: the other one may be what comes next."""
+        if None in self.held:
+            return self.held.index(None)
         return max(range(len(self.held)), key=lambda slot: abs((self.held[slot] or 0) - index))
+
+    def _empty(self, slot: int, index: int) -> None:
+        """Hand a slot from the block that is in it to another."""
+        if (before := self.held[slot]) is not None:
+            self.hosts[before].take_away(self.device)
+        self.held[slot] = index
 
     def _copy(self, index: int, slot: int) -> None:
         """Start filling a slot once the kernels that were queued so far, its last readers, are through."""
         source = self.hosts[index].bytes
         target = self.slots[slot][: source.numel()]
-        self.held[slot] = index
+        self._empty(slot, index)
         self.copies += 1
         if self.side is None:
             target.copy_(source)
             return
         self.side.wait_stream(torch.cuda.current_stream())
+        if (written := self.written[slot]) is not None:
+            self.side.wait_event(written)
         with torch.cuda.stream(self.side):
             target.copy_(source, non_blocking=True)
             self.ready[slot] = self.side.record_event()
@@ -242,6 +317,7 @@ class BlockRunner:
     ring: Ring | None
     parking: Parking | None
     device: torch.device
+    trained: bool = False  # the blocks' own matrices are
     may_stream_more: bool = False
 
     def __post_init__(self) -> None:
@@ -277,7 +353,9 @@ class BlockRunner:
             return False
         self.recomputed = set(range(len(self.blocks)))
         moved = kept[:: -(-len(kept) // max(SLOTS + 1, len(self.blocks) // 8))]
-        hosts = {index: to_host(self.blocks[index], self.device) for index in moved}
+        hosts = {index: to_host(self.blocks[index], self.device, self.trained) for index in moved}
+        for host in hosts.values():
+            host.take_away(self.device)
         if self.ring is not None:
             hosts |= self.ring.hosts
             self.ring.release()

@@ -5,7 +5,7 @@ STOCHASTIC rounds up or down with the probability that keeps the mean; KAHAN kee
 beside the weight (Zamirai et al. 2020, arXiv 2010.06192, for both).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Rounded:
         self.parts, self.kahan, self.seed, self.steps = list(parts), kahan, seed, 0
         self.wide = [nn.Parameter(torch.empty(0, device=part.device)) for part in self.parts]
         self.inner = [make([wide]) for wide in self.wide]
-        self.lost = [torch.zeros_like(part) for part in self.parts] if kahan else []
+        self.lost: dict[str, Tensor] = {}  # by number of the part
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -39,14 +39,15 @@ class Rounded:
     @torch.no_grad()
     def step(self) -> None:
         """One update of every tensor that has a gradient."""
-        generator = torch.Generator().manual_seed((self.seed + self.steps) % 2**63)
+        seed = (self.seed + self.steps) % 2**63
+        dice = {kind: torch.Generator(kind).manual_seed(seed) for kind in {part.device for part in self.parts}}
         self.steps += 1
         for index, (part, wide, optimizer) in enumerate(zip(self.parts, self.wide, self.inner, strict=True)):
             if part.grad is not None:
-                wide.data = part.float() + (self.lost[index].float() if self.kahan else 0)
+                wide.data = part.float() + (self._lost(index).float() if self.kahan else 0)
                 wide.grad = part.grad.float()
                 optimizer.step()
-                self._keep(index, part, wide.data, generator)
+                self._keep(index, part, wide.data, dice[part.device])
                 wide.data, wide.grad = wide.data.new_empty(0), None
 
     def _keep(self, index: int, part: nn.Parameter, updated: Tensor, generator: torch.Generator) -> None:
@@ -55,7 +56,17 @@ class Rounded:
         else:
             part.copy_(round_stochastic(updated, generator))
         if self.kahan:
-            self.lost[index].copy_(updated - part.float())
+            self._lost(index).copy_(updated - part.float())
+
+    def _lost(self, index: int) -> Tensor:
+        """What rounding lost of a part so far."""
+        if str(index) not in self.lost:
+            self.lost[str(index)] = torch.zeros_like(self.parts[index])
+        return self.lost[str(index)]
+
+    def held_states(self) -> list[MutableMapping[str, Any]]:
+        """The mappings that hold tensors of state."""
+        return [self.lost, *(state for optimizer in self.inner for state in optimizer.state.values())]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -71,6 +82,6 @@ class Rounded:
         """Take a saved state."""
         for optimizer, saved in zip(self.inner, state["inner"], strict=True):
             optimizer.load_state_dict(saved)
-        for lost, kept in zip(self.lost, state["lost"], strict=True):
-            lost.copy_(kept)
+        for index, kept in state["lost"].items():
+            self._lost(int(index)).copy_(kept)
         self.steps = int(state["steps"])
