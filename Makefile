@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 DEV := $(VENV)/ready-dev
-export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT SHA256 ROWS OUT CARD
+export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT IMAGE SHA256 ROWS OUT CARD
 
 # --flag "$VALUE" for each variable that is set; values travel through the environment, so any character is safe
 flag = $(if $($(1)),--$(2) "$$$(1)")
@@ -105,8 +105,8 @@ doctor: $(READY) ## GPU, memory, disk, ffmpeg, versions, model: ok, or how to me
 explain: $(READY) ## the resolved configuration, and where each value came from
 	@$(PY) -m train explain $(store_flags) $(config_flags)
 
-sample: $(READY) ## RUN=runs/... PROMPT="...": videos from a trained adapter
-	@$(PY) -m train sample $(run_flag) $(call flag,PROMPT,prompt) $(call flag,OUT,out)
+sample: $(READY) ## RUN=runs/... PROMPT="..." [IMAGE=first frame]: videos from a trained adapter
+	@$(PY) -m train sample $(run_flag) $(call flag,PROMPT,prompt) $(call flag,IMAGE,image) $(call flag,OUT,out)
 
 export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA: convert a finished run
 	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format) $(call flag,OUT,out)

@@ -15,10 +15,10 @@ from encode.lock import writing
 from encode.plan import Part, Plan, Recipe, dataset_list, keyed, make_plan, wanted_captions
 from encode.recipe import recipes, text_recipe
 from encode.status import Wanted, describe, to_encode
-from shared.bucket import Bucket
+from shared.bucket import Bucket, parse_bucket
 from shared.cli import Group, config_options, work_option
 from shared.errors import DatasetError, StoreError
-from shared.files import read_json
+from shared.files import atomic_write, read_json
 from shared.models import ModelSpec
 from shared.progress import progress
 from shared.resolve import Choice, Resolved, resolve
@@ -202,6 +202,32 @@ def pull(work: Path, store: Path | None, place: str, sha256: str) -> None:
 def transfer_bar(stack: ExitStack, name: str) -> Callable[[int, int], Callable[[float], None]]:
     """A progress that is started once it is known how many files and bytes there are."""
     return lambda files, size: stack.enter_context(progress(f"{name} {size / 1e6:.0f} MB", files))
+
+
+@main.command()
+@work_option
+@config_options
+@click.option("--image", "files", type=click.Path(path_type=Path), multiple=True, required=True, help="Repeatable.")
+@click.option("--size", default="", help="WIDTHxHEIGHTxFRAMES of the video; default: the first picture's shape.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Safetensors file of the latents.")
+def picture(work: Path, choice: Choice, files: tuple[Path, ...], size: str, out: Path) -> None:
+    """Encode pictures that videos start from, as `train sample --image` needs them for i2v-a14b and ti2v-5b."""
+    from encode.picture import bucket_of, encode_pictures, open_picture
+
+    resolved = resolve(choice, work / "config.json")
+    config, spec = resolved.config, resolved.spec
+    pictures = [open_picture(path) for path in files]
+    bucket = parse_bucket(size, spec.grid) if size else bucket_of(pictures[0], config, spec)
+    from safetensors.torch import save
+
+    from encode.worker import device
+    from shared.weights import load_vae, torch_dtype
+
+    vae = load_vae(spec, torch_dtype(config.vae.weight_dtype)).to(device())
+    latents = encode_pictures(vae, spec, pictures, bucket)
+    with atomic_write(out) as file:
+        file.write(save({str(number): latent for number, latent in enumerate(latents)}, {"size": str(bucket)}))
+    click.echo(f"{counted(len(files), 'picture')} encoded for {bucket}: {out}")
 
 
 @main.command()

@@ -41,6 +41,15 @@ def parse_resolution(text: str) -> list[tuple[int, int] | int]:
     return list(dict.fromkeys(sizes))
 
 
+def parse_bucket(text: str, grid: int) -> Bucket:
+    """'832x480x81' (width x height x frames) -> Bucket, on the model's grid."""
+    match = re.fullmatch(r"\s*(\d+)[xX*](\d+)[xX*](\d+)\s*", text)
+    if not match:
+        raise ConfigError(f"size {text!r} is not like 832x480x81 (width x height x frames)")
+    width, height, frames = map(int, match.groups())
+    return Bucket(round_frames(frames), round_to_grid(height, grid), round_to_grid(width, grid))
+
+
 def aspect_sizes(area_side: int, grid: int) -> list[tuple[int, int]]:
     """All (height, width) on the grid whose area is nearest to area_side^2, one per height, aspect within the limit."""
     area = area_side * area_side

@@ -155,6 +155,8 @@ def doctor(work: Path, ffmpeg: str | None, choice: Choice) -> None:
 @main.command()
 @run_option
 @click.option("--prompt", "prompts", multiple=True, help="What to show; repeatable. [default: sample_prompts]")
+@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True,
+              help="Picture the video starts from (i2v-a14b, ti2v-5b); repeatable, one per prompt.")  # fmt: skip
 @click.option("--negative", default=None, help="What to avoid. [default: sample_negative_prompt]")
 @click.option("--seed", type=int, default=None, help="[default: sample_seed]")
 @click.option("--steps", type=click.IntRange(1, 1000), default=None, help="[default: sample_steps, or the model's own]")

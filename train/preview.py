@@ -19,14 +19,12 @@ from train.model import TextBank, load_model, pick_device
 from train.phases import Phase
 from train.run import Run
 from train.sample import (
-    Start,
     ensure_texts,
-    first_noise,
     read_latents,
     sample_range,
-    scene_conditions,
     scene_of,
     start_decode,
+    start_of,
     write_latents,
 )
 
@@ -48,7 +46,7 @@ class Previews:
         if self.scene.prompts:
             self.waiting = undecoded(run.folder)
             self.reader = ensure_texts(self.scene.texts, run)
-            self.cond = scene_conditions(self.scene, run)
+            self.origin = start_of(self.scene, run)
 
     @property
     def folder(self) -> Path:
@@ -62,8 +60,7 @@ class Previews:
             self.log.say("previews: the base high-noise expert samples down to the boundary")
             model = load_model(self.run.spec, "high_noise", self.run.config, pick_device())
             bank = TextBank(model, self.reader)
-            start = Start(first_noise(self.scene, self.run.spec), self.cond)
-            state, _ = sample_range(bank, self.run.spec, self.scene, "high_noise", start)
+            state, _ = sample_range(bank, self.run.spec, self.scene, "high_noise", self.origin)
             self._write(handed, state)
 
     def take(self, bank: TextBank, phase: Phase, step: int) -> None:
@@ -73,9 +70,9 @@ class Previews:
         handed = self.folder / "boundary.safetensors"
         name = {phase.first: "before", phase.stop: "after"}.get(step, f"step{step:06d}")
         low = phase.expert == "low_noise"
-        start = read_latents(handed) if low else first_noise(self.scene, self.run.spec)
+        start = self.origin._replace(latent_BCthw=read_latents(handed)) if low else self.origin
         bank = TextBank(bank.model, self.reader, bank.embed, bank.trained)
-        state, clean = sample_range(bank, self.run.spec, self.scene, phase.expert, Start(start, self.cond))
+        state, clean = sample_range(bank, self.run.spec, self.scene, phase.expert, start)
         if phase.expert == "high_noise":
             self._write(handed, state)
         path = self.folder / f"{name}{'' if phase.expert == 'single' else '_' + phase.expert}.safetensors"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from shared.bucket import Bucket
+from shared.bucket import Bucket, parse_bucket
 from shared.concept import concept_of, text_key
 from shared.config import Config, EmbeddingConfig
 from shared.errors import RunError
@@ -29,8 +29,9 @@ from shared.files import atomic_write
 from shared.geometry import geometry
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
+from train.condition import Frames, places_of, timesteps_of
 from train.data import PREVIEW, random_of
-from train.flow import TIMESTEPS, expert_range, shifted
+from train.flow import expert_range, shifted
 from train.model import TextBank, predict
 from train.run import Run
 from train.stores import open_texts
@@ -62,7 +63,19 @@ class Start(NamedTuple):
     """Where sampling starts, one row per prompt."""
 
     latent_BCthw: Tensor
-    cond_BCthw: Tensor | None  # condition latents of i2v
+    cond_BCthw: Tensor | None = None  # condition latents of i2v
+    first_BCthw: Tensor | None = None  # clean first latent frames of ti2v
+
+    def row(self, number: int, device: torch.device) -> "Start":
+        """One prompt's, on a device."""
+        return Start(*(None if part is None else part[number : number + 1].to(device) for part in self))  # type: ignore[arg-type]
+
+
+class Pictures(NamedTuple):
+    """Pictures that videos start from, as condition latents, and the size of those videos."""
+
+    latent_BCthw: Tensor
+    bucket: Bucket
 
 
 def scene_of(config: Config, spec: ModelSpec, bucket: Bucket | None = None) -> Scene:
@@ -92,15 +105,25 @@ def first_noise(scene: Scene, spec: ModelSpec) -> Tensor:
     )
 
 
-def scene_conditions(scene: Scene, run: Run) -> Tensor | None:
+def start_of(scene: Scene, run: Run, pictures: Pictures | None = None) -> Start:
+    """Noise, and what is known beside it: pictures, or, for i2v without any, first frames of the store's clips."""
+    noise, kind = first_noise(scene, run.spec), run.spec.image_condition
+    if pictures is None:
+        return Start(noise, stored_conditions(scene, run) if kind == "concat" else None)
+    turns = [number % len(pictures.latent_BCthw) for number in range(len(scene.prompts))]
+    rows = pictures.latent_BCthw[turns]
+    return Start(noise, cond_BCthw=rows) if kind == "concat" else Start(noise, first_BCthw=rows)
+
+
+def stored_conditions(scene: Scene, run: Run) -> Tensor:
     """Condition latents of i2v for each prompt: the first frames of the store's clips of this size, in turn."""
-    if run.spec.image_condition != "concat":
-        return None
     shape = run.spec.latent_shape(scene.bucket.num_frames, scene.bucket.height, scene.bucket.width)
     reader = StoreReader(run.stores)
     keys = sorted(key for key, (_, marker) in reader.cond.items() if tuple(marker.shape[1:]) == shape)
     if not keys:
-        raise RunError(f"{run.spec.name} starts from a picture, and no clip in the store has size {scene.bucket}")
+        raise RunError(
+            f"{run.spec.name} starts from a picture, and no clip in the store has size {scene.bucket}; give IMAGE=file"
+        )
     rows = [reader.latent(keys[number % len(keys)], "cond") for number in range(len(scene.prompts))]
     return torch.stack([torch.from_numpy(row.copy()).float() for row in rows])
 
@@ -116,26 +139,35 @@ def sample_range(bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, sta
     model.transformer.eval()
     results = []
     for number, prompt in enumerate(scene.prompts):
-        state = clean = start.latent_BCthw[number : number + 1].to(model.device)
-        cond = None if start.cond_BCthw is None else start.cond_BCthw[number : number + 1].to(model.device)
+        here = start.row(number, model.device)
+        state = clean = with_first(here.latent_BCthw, here.first_BCthw)
         for sigma, following in pairwise(grid):
             if low <= sigma < high or (sigma == high == 1.0):
-                velocity = guided(bank, (state, cond), sigma, (scene.key(prompt), scene.key(scene.negative), guidance))
-                clean = state - sigma * velocity
-                state = state + (following - sigma) * velocity
+                wish = (scene.key(prompt), scene.key(scene.negative), guidance)
+                velocity = guided(bank, here._replace(latent_BCthw=state), sigma, wish)
+                clean = with_first(state - sigma * velocity, here.first_BCthw)
+                state = with_first(state + (following - sigma) * velocity, here.first_BCthw)
         results.append((state.cpu(), clean.cpu()))
     model.transformer.train(training)
     return torch.cat([state for state, _ in results]), torch.cat([clean for _, clean in results])
 
 
-def guided(bank: TextBank, inputs: tuple[Tensor, Tensor | None], sigma: float, wish: tuple[str, str, float]) -> Tensor:
+def with_first(latent_BCthw: Tensor, first_BCthw: Tensor | None) -> Tensor:
+    """Latents whose first frame is the picture's (diffusers pipeline_wan_i2v.py `first_frame_mask`)."""
+    return latent_BCthw if first_BCthw is None else torch.cat([first_BCthw, latent_BCthw[:, :, 1:]], 2)
+
+
+def guided(bank: TextBank, here: Start, sigma: float, wish: tuple[str, str, float]) -> Tensor:
     """Velocity pushed from the negative prompt's towards the prompt's (by key); one forward when guidance is 1."""
     prompt, negative, guidance = wish
     model, keys = bank.model, [prompt] if guidance == 1 else [prompt, negative]
-    timestep = torch.full((len(keys), 1), sigma * TIMESTEPS, device=model.device)
-    state, cond = (None if part is None else part.expand(len(keys), -1, -1, -1, -1) for part in inputs)
+    state, cond, first = (None if part is None else part.expand(len(keys), -1, -1, -1, -1) for part in here)
     assert state is not None
-    velocities = predict(model, state, timestep, bank.batch(keys), None, cond)
+    clean_B = None if first is None else torch.ones(len(keys), dtype=torch.bool, device=model.device)
+    timestep = timesteps_of(torch.full((len(keys),), sigma, device=model.device), clean_B)
+    total = state.shape[2]
+    places = places_of(Frames(tuple(range(total)), total, clean_B), model.tokens_per_frame(state), model.device)
+    velocities = predict(model, state, timestep, bank.batch(keys), places, cond)
     if guidance == 1:
         return velocities
     wanted, unwanted = torch.split(velocities, 1)
@@ -181,6 +213,27 @@ def encode_command(run: Run, name: str) -> list[str]:
     return [sys.executable, "-m", "encode", name, "--work", str(run.work), "--config", config]
 
 
+def encode_pictures(files: Sequence[Path], size: str | None, run: Run) -> Pictures:
+    """Condition latents of picture files, made by a child process; one size for all, the first picture's or `size`."""
+    if run.spec.image_condition == "none":
+        raise RunError(f"{run.spec.name} starts from no picture; leave IMAGE out, or train ti2v-5b or i2v-a14b")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "pictures.safetensors"
+        command = [*encode_command(run, "picture"), "--out", str(path), *(["--size", size] if size else [])]
+        command += [part for file in files for part in ("--image", str(file))]
+        finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if finished.returncode:
+            raise RunError(last_line(finished.stderr).removeprefix("error: "))
+        with safe_open(path, "pt") as file:
+            bucket = parse_bucket(file.metadata()["size"], run.spec.grid)
+        return Pictures(read_latents(path), bucket)
+
+
+def last_line(output: bytes) -> str:
+    """What a child process said last."""
+    return (output.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+
+
 def ensure_texts(texts: Sequence[str], run: Run) -> StoreReader:
     """A reader that has every text; missing ones are encoded by a child process into the first store."""
     stores, concept = list(run.stores), concept_of(run.config)
@@ -194,9 +247,8 @@ def ensure_texts(texts: Sequence[str], run: Run) -> StoreReader:
         command = [*encode_command(run, "prompts"), "--store", str(stores[0]), "--file", file.name]
         finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if finished.returncode:
-        lines = finished.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise RunError(
-            f"prompt {missing[0]!r} has no stored embedding and could not be encoded ({lines[-1]}); add it to "
-            "sample_prompts and run: make encode"
+            f"prompt {missing[0]!r} has no stored embedding and could not be encoded ({last_line(finished.stderr)}); "
+            "add it to sample_prompts and run: make encode"
         )
     return open_texts(stores, run.spec)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shared.bucket import Bucket, round_frames, round_to_grid
+from shared.bucket import parse_bucket
 from shared.config import Config, OutputFormat
 from shared.errors import RunError
 from shared.files import write_json
@@ -25,14 +25,14 @@ from train.model import TextBank, load_model, pick_device, refuse_method_mismatc
 from train.phases import make_phases
 from train.run import Run, open_run, start_folder
 from train.sample import (
+    Pictures,
     Scene,
-    Start,
+    encode_pictures,
     ensure_texts,
-    first_noise,
     sample_range,
-    scene_conditions,
     scene_of,
     start_decode,
+    start_of,
     write_latents,
 )
 from train.stores import Dataset, open_dataset
@@ -88,8 +88,9 @@ def latest_of(run: Run) -> Path:
 def sample_run(folder: Path, wish: dict[str, Any], weights: Weights, out: Path | None) -> Path:
     """Sample prompts and decode; returns the folder of the videos."""
     run = open_run(folder)
-    scene = wished_scene(run, wish)
-    latents = sample_latents(run, scene, weights)
+    pictures = encode_pictures(wish["images"], wish["size"], run) if wish["images"] else None
+    scene = wished_scene(run, wish, pictures)
+    latents = sample_latents(run, scene, weights, pictures)
     target, number = out or run.folder / "samples", 1
     while (path := target / f"{weights if weights == 'base' else 'sample'}-{number}.safetensors").exists():
         number += 1
@@ -99,15 +100,16 @@ def sample_run(folder: Path, wish: dict[str, Any], weights: Weights, out: Path |
     return path.with_suffix("")
 
 
-def sample_latents(run: Run, scene: Scene, weights: Weights) -> Tensor:
-    """Latents of every prompt, from every expert in turn."""
+def sample_latents(run: Run, scene: Scene, weights: Weights, pictures: Pictures | None = None) -> Tensor:
+    """Latents of every prompt, from every expert in turn; prompts take turns with the pictures they start from."""
     reader = ensure_texts(scene.texts, run)
-    state, cond = first_noise(scene, run.spec), scene_conditions(scene, run)
+    start = start_of(scene, run, pictures)
     for expert in run.spec.experts:
         model = load_model(run.spec, expert, run.config, pick_device())
         bank = trained_bank(run, expert, weights, TextBank(model, reader), scene.texts)
-        state, _ = sample_range(bank, run.spec, scene, expert, Start(state, cond))
-    return state
+        state, _ = sample_range(bank, run.spec, scene, expert, start)
+        start = start._replace(latent_BCthw=state)
+    return start.latent_BCthw
 
 
 def trained_bank(run: Run, expert: str, weights: Weights, plain: TextBank, texts: list[str]) -> TextBank:
@@ -124,9 +126,10 @@ def trained_bank(run: Run, expert: str, weights: Weights, plain: TextBank, texts
     return bank
 
 
-def wished_scene(run: Run, wish: dict[str, Any]) -> Scene:
-    """The config's scene with what the command line says instead."""
-    scene = scene_of(run.config, run.spec, parse_size(wish["size"], run.spec.grid) if wish["size"] else None)
+def wished_scene(run: Run, wish: dict[str, Any], pictures: Pictures | None) -> Scene:
+    """The config's scene with what the command line says instead; the size may be the pictures'."""
+    size = parse_bucket(wish["size"], run.spec.grid) if wish["size"] else None
+    scene = scene_of(run.config, run.spec, pictures.bucket if pictures is not None else size)
     prompts = tuple(wish["prompts"]) or scene.prompts
     if not prompts:
         raise RunError('nothing to sample: give --prompt "...", or set sample_prompts')
@@ -139,15 +142,6 @@ def wished_scene(run: Run, wish: dict[str, Any]) -> Scene:
         seed=scene.seed if wish["seed"] is None else wish["seed"],
         steps=wish["steps"] or scene.steps,
     )
-
-
-def parse_size(text: str, grid: int) -> Bucket:
-    """'832x480x81' -> Bucket, on the model's grid."""
-    try:
-        width, height, frames = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise RunError(f"--size {text!r} is not like 832x480x81") from None
-    return Bucket(round_frames(frames), round_to_grid(height, grid), round_to_grid(width, grid))
 
 
 def with_format(config: Config, form: OutputFormat) -> Config:

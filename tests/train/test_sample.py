@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors import safe_open
 
-from shared.bucket import Bucket
+from shared.bucket import Bucket, parse_bucket
 from shared.keys import caption_key
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
@@ -17,7 +17,7 @@ from tests.train.make import config, events, make_run
 from train.model import TextBank, load_model
 from train.run import open_run
 from train.sample import Scene, Start, first_noise, read_latents, sample_range, scene_of, sigma_grid, write_latents
-from train.session import parse_size, sample_latents, start
+from train.session import sample_latents, start
 
 Made = tuple[Path, ModelSpec, Path]
 CPU = torch.device("cpu")
@@ -99,6 +99,6 @@ def test_a_run_samples_before_and_after_and_outlives_its_decoders(mixed: Made, t
 def test_scenes_follow_the_config_and_sizes_the_grid(single: Made) -> None:
     scene = scene_of(config(single[0], sample_guidance_scale=4.5, sample_steps=7, sample_seed=9), single[1])
     assert (scene.guidance, scene.steps, scene.seed, scene.bucket) == ((4.5, 4.5), 7, 9, Bucket(9, 32, 32))
-    assert parse_size("100x50x8", 16) == Bucket(9, 48, 96)
+    assert parse_bucket("100x50x8", 16) == Bucket(9, 48, 96)
     with pytest.raises(Exception, match="832x480x81"):
-        parse_size("100x50", 16)
+        parse_bucket("100x50", 16)
