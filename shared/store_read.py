@@ -7,9 +7,10 @@ the tests. Any number of threads. Cost: about 0.03 ms of CPU for a 640 KiB sampl
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 
 from shared.concept import Spans
 from shared.errors import StoreError
-from shared.store import TEXT_CHUNK, Marker, TextRow, open_store, read_datasets, read_markers, recipe_key
+from shared.store import TEXT_CHUNK, Kind, Marker, TextRow, open_store, read_datasets, read_markers, recipe_key
 
 CRC_RESIDUE = 0x48674BC7  # crc32c of any bytes followed by their own little-endian crc32c
+TOKENS, IDS = "tokens/c/0/0", "ids/c/0"  # data files of a text unit
 MISSING = 2**64 - 1  # offset of a chunk that was never written (zarr v3 sharding specification)
 
 
@@ -54,12 +56,12 @@ class ArrayFile:
         return data[:-4]
 
 
-def open_array(path: Path, chunks: int) -> ArrayFile:
+def open_array(path: Path, chunks: int, stop: threading.Event) -> ArrayFile:
     """Open an array file; one of a local copy of a shared store is fetched first when it is not here yet."""
     if not path.exists():
-        from shared.store_share import fetch_missing
+        from shared.store_copy import fetch_missing
 
-        fetch_missing(path)
+        fetch_missing(path, stop)
     return ArrayFile(path, chunks)
 
 
@@ -90,11 +92,28 @@ class StoreReader:
         self.latents: dict[str, tuple[Path, Marker]] = {}
         self.cond: dict[str, tuple[Path, Marker]] = {}
         self.texts: dict[str, tuple[Path, Marker]] = {}
-        for store in stores:
+        self.stores = list(stores)
+        for store in self.stores:
             for marker in fresh_units(store) if accept is None else read_markers(open_store(store)):
                 if accept is None or marker.id in accept:
                     self._add(store, marker)
-        self._file = lru_cache(maxsize=None)(open_array)
+        self.stop = threading.Event()  # set: nothing is fetched any more
+        self._file = lru_cache(maxsize=None)(partial(open_array, stop=self.stop))
+
+    def __enter__(self) -> "StoreReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """From now on only what is here already is read."""
+        self.stop.set()
+
+    def files(self, key: str, kind: Kind) -> list[Path]:
+        """Files that `latent` or `text` reads for a key."""
+        table = {"latents": self.latents, "cond": self.cond, "text": self.texts}[kind]
+        store, marker = self._find(table, key, kind)
+        if kind == "text":
+            return [store / "text" / marker.id / name for name in (TOKENS, IDS)]
+        return [store / kind / marker.id / "c" / "/".join("0" * len(marker.shape))]
 
     def _add(self, store: Path, marker: Marker) -> None:
         table = {"latents": self.latents, "cond": self.cond, "text": self.texts}[marker.kind]
@@ -113,8 +132,8 @@ class StoreReader:
         """Embedding and token ids of a caption key."""
         store, marker = self._find(self.texts, key, "caption")
         place, folder = marker.captions[key], store / "text" / marker.id
-        tokens = self._rows(folder / "tokens/c/0/0", marker, place, np.dtype(np.float16), marker.shape[1])
-        ids = self._rows(folder / "ids/c/0", marker, place, np.dtype(np.int32), 1)
+        tokens = self._rows(folder / TOKENS, marker, place, np.dtype(np.float16), marker.shape[1])
+        ids = self._rows(folder / IDS, marker, place, np.dtype(np.int32), 1)
         return Text(tokens, ids[:, 0], marker.spans(key))
 
     def _rows(self, path: Path, marker: Marker, place: TextRow, dtype: "np.dtype[Any]", columns: int) -> NDArray[Any]:

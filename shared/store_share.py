@@ -1,4 +1,4 @@
-"""Share a store: manifest, push, pull, and a local copy that fills itself while it is read.
+"""Share a store: manifest, push, pull.
 
 MANIFEST.json names every file with size and sha256. A manifest and everything behind it is foreign input: paths, sizes,
 markers and array metadata are checked in memory, before the first byte is written. A pulled unit's marker is written
@@ -10,8 +10,10 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from shared.errors import StoreError
-from shared.files import atomic_write, read_json, sha256_of, sync, write_json
-from shared.keys import fingerprint
+from shared.files import atomic_write, sha256_of, sync, write_json
 from shared.shards import Record
 from shared.store import (
     DatasetList,
@@ -33,9 +34,9 @@ from shared.store import (
     read_markers,
 )
 from shared.store_check import check_arrays
-from shared.store_remote import PARALLEL, Remote, is_url, open_remote
+from shared.store_remote import PARALLEL, Remote, open_remote
 
-MANIFEST, ORIGIN, INCOMING = "MANIFEST.json", "origin.json", ".incoming"
+MANIFEST, INCOMING = "MANIFEST.json", ".incoming"
 MANIFEST_VERSION = 1
 LARGEST_JSON = 64 * 2**20  # bytes of a manifest, marker or list
 _ID, _CHUNK = "[0-9a-f]{32}", r"(zarr\.json|c(/0){1,5})"
@@ -117,8 +118,11 @@ def parse_manifest(data: bytes, remote: Remote) -> Manifest:
     return manifest
 
 
-def look(url: str, sha256: str | None = None) -> Shared:
-    """Fetch and check all that is small: manifest, markers, dataset lists, array metadata. Writes nothing."""
+def look(url: str, sha256: str | None = None, known: Path | None = None) -> Shared:
+    """Fetch and check all that is small: manifest, markers, dataset lists, array metadata. Writes nothing.
+
+    What an earlier look left in the store `known`, unchanged, is not fetched again.
+    """
     remote = open_remote(url)
     data = read_all(remote, MANIFEST, LARGEST_JSON)
     if sha256 and hashlib.sha256(data).hexdigest() != sha256.lower():
@@ -127,7 +131,7 @@ def look(url: str, sha256: str | None = None) -> Shared:
     files = parse_manifest(data, remote).by_path()
     json_records = [record for record in files.values() if record.path.endswith(".json")]
     with ThreadPoolExecutor(PARALLEL) as pool:
-        contents = pool.map(lambda record: read_checked(remote, record), json_records)
+        contents = pool.map(lambda record: kept(known, record) or read_checked(remote, record), json_records)
         small = {record.path: content for record, content in zip(json_records, contents, strict=True)}
     markers = {
         path: parse_record(small[path], Marker, f"{remote.name}/{path}") for path in small if path.startswith("units/")
@@ -176,6 +180,13 @@ def read_checked(remote: Remote, record: FileRecord) -> bytes:
     return data
 
 
+def kept(store: Path | None, record: FileRecord) -> bytes:
+    """A small file of a store here, when it is the one that is listed; else nothing."""
+    path = store / record.path if store else None
+    data = path.read_bytes() if path and path.is_file() and path.stat().st_size == record.size else b""
+    return data if hashlib.sha256(data).hexdigest() == record.sha256 else b""
+
+
 def wrong_bytes(remote: Remote, record: FileRecord) -> StoreError:
     """The error of an object that is not what the manifest says."""
     return StoreError(f"{remote.name}/{record.path} is not the file that the manifest lists (size or sha256 differ): "
@@ -184,7 +195,7 @@ def wrong_bytes(remote: Remote, record: FileRecord) -> StoreError:
 
 def pull(url: str, store: Path, sha256: str | None, advance: Callable[[int, int], Advance]) -> int:
     """Fetch what the store lacks, verified, unit by unit, going on where it stopped; returns the number of files."""
-    shared = look(url, sha256)
+    shared = look(url, sha256, store)
     refuse_links(store, shared.manifest)
     lacking = {record.path: record for record in shared.manifest.files
                if record.path not in shared.small and not has(store, record)}  # fmt: skip
@@ -192,16 +203,26 @@ def pull(url: str, store: Path, sha256: str | None, advance: Callable[[int, int]
     refuse_full_disk(store, size)
     tell = advance(len(lacking), size)
     create_store(store)
-    with ThreadPoolExecutor(PARALLEL) as pool:
+    with ThreadPoolExecutor(PARALLEL) as pool, stopping() as stop:
         for path, marker in shared.markers.items():
             records = [lacking[record.path] for record in marker.files if record.path in lacking]
-            for _ in pool.map(lambda record: fetch(shared.remote, record, store), records):
+            for _ in pool.map(lambda record: fetch(shared.remote, record, store, stop), records):
                 tell(1)
             write_unit(store, path, marker, shared.small)
     for path in shared.small:
         if path.startswith("datasets/"):
             write_small(store, path, shared.small)
     return len(lacking)
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """An event that is set when the block ends in any way: transfers that it was given to end soon after."""
+    stop = threading.Event()
+    try:
+        yield stop
+    finally:
+        stop.set()
 
 
 def write_unit(store: Path, path: str, marker: Marker, small: dict[str, bytes]) -> None:
@@ -244,8 +265,11 @@ def refuse_full_disk(store: Path, size: int) -> None:
                          "choose another STORE")  # fmt: skip
 
 
-def fetch(remote: Remote, record: FileRecord, store: Path) -> None:
-    """Fetch one file: go on with what an earlier try left, check size and sha256, rename. One fetcher at a time."""
+def fetch(remote: Remote, record: FileRecord, store: Path, stop: threading.Event) -> None:
+    """Fetch one file: go on with what an earlier try left, check size and sha256, rename. One fetcher at a time.
+
+    When `stop` is set it ends with an error and leaves the beginning for the next try.
+    """
     target = store / record.path
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = target.with_name(target.name + INCOMING)
@@ -256,7 +280,7 @@ def fetch(remote: Remote, record: FileRecord, store: Path) -> None:
                 incoming.unlink(missing_ok=True)
                 return
             resumed = file.tell() > 0
-            if not transfer(remote, record, file) and not (resumed and transfer(remote, record, file)):
+            if not transfer(remote, record, file, stop) and not (resumed and transfer(remote, record, file, stop)):
                 raise wrong_bytes(remote, record)
             file.flush()
             os.fsync(file.fileno())
@@ -267,12 +291,14 @@ def fetch(remote: Remote, record: FileRecord, store: Path) -> None:
     sync(target.parent)
 
 
-def transfer(remote: Remote, record: FileRecord, file: Any) -> bool:
+def transfer(remote: Remote, record: FileRecord, file: Any, stop: threading.Event) -> bool:
     """Append the rest of a file; False, and emptied, when the whole is not what the record says."""
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256")
     done = file.tell()
     for block in remote.read(record.path, done) if done < record.size else ():
+        if stop.is_set():
+            raise StoreError(f"{remote.name}/{record.path}: stopped while fetching; the same command goes on")
         done += len(block)
         if done > record.size:
             break
@@ -282,36 +308,3 @@ def transfer(remote: Remote, record: FileRecord, file: Any) -> bool:
     if not good:
         file.truncate(0)
     return good
-
-
-def local_store(text: str) -> Path:
-    """The folder of a STORE: itself, or for a URL a local copy whose data is fetched, verified, when first read."""
-    if not is_url(text):
-        return Path(text)
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan" / "stores"
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", text.rstrip("/").partition("://")[2].removesuffix(".zarr")).strip("-")
-    store = root / f"{name[-40:]}-{fingerprint(url=text.rstrip('/'))[:8]}.zarr"
-    shared = look(text)
-    refuse_links(store, shared.manifest)
-    create_store(store)
-    files = {record.path: [record.size, record.sha256] for record in shared.manifest.files}
-    write_json(store / ORIGIN, {"url": text, "files": files})
-    for path, marker in shared.markers.items():
-        write_unit(store, path, marker, shared.small)
-    for path in shared.small:
-        if path.startswith("datasets/"):
-            write_small(store, path, shared.small)
-    return store
-
-
-def fetch_missing(path: Path) -> bool:
-    """Fetch a data file of a local copy that is not here yet; False when the file's store is not such a copy."""
-    for store in path.parents:
-        if (store / ORIGIN).is_file():
-            origin, name = read_json(store / ORIGIN), path.relative_to(store).as_posix()
-            size, sha256 = origin["files"][name]
-            fetch(open_remote(origin["url"]), FileRecord(path=name, size=size, sha256=sha256), store)
-            return True
-        if (store / "units").is_dir():
-            return False
-    return False

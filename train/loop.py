@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from shared.config import Config
+from shared.store_copy import fetch_ahead
+from train.ahead import files_in_order
 from train.data import DROPOUT, Slots, prefetch, random_of
 from train.model import Model, TextBank
 from train.objective import micro_loss
@@ -21,7 +23,9 @@ from train.task import Learner, Task
 
 def train(task: Task) -> None:
     """Train what is left of a run, from its newest checkpoint to its results."""
-    with task.stoppable():
+    with task.data.reader as reader, task.stoppable():
+        span = task.done, task.phases[-1].stop
+        fetch_ahead(files_in_order(task.data, task.plan, span, task.group), reader.stop)
         for phase in task.phases:
             if task.done < phase.stop:
                 train_phase(task, phase)

@@ -15,7 +15,7 @@ from shared.files import read_json, write_json
 from shared.models import ModelSpec
 from shared.resolve import Choice, Resolved, preset_path, refuse_unbuilt, resolve, to_json, value_at
 from shared.shards import index_path
-from shared.store_share import local_store
+from shared.store_copy import local_store
 
 RUNS = Path("runs")
 # settings that decide what the saved tensors are, or which random numbers are drawn: a change needs a new run

@@ -1,11 +1,12 @@
 """Real servers on loopback: web servers with and without ranges, S3, and the calls of Google's storage that we make."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+PIECE = 4096  # bytes at a time, of a server that drips
 
 
 @contextmanager
@@ -87,6 +90,38 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         urllib.request.urlopen(urllib.request.Request(f"{address}/{path}", method=method)).close()
     yield "s3://bucket/team/latents.zarr"
     server.stop()
+
+
+@contextmanager
+def dripping_server(folder: Path, allowed: Callable[[str], int]) -> Iterator[str]:
+    """A server of whole files that sends as many bytes of a path as are allowed by now, and waits for more."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response, StreamingResponse
+    from starlette.routing import Route
+
+    async def read(request: Request) -> Response:
+        name = request.path_params["name"]
+        path = folder / name
+        data = path.read_bytes() if path.is_file() else b""
+
+        async def body() -> AsyncIterator[bytes]:
+            sent = 0
+            while sent < len(data) and not closing.is_set():
+                piece = data[sent : min(allowed(name), sent + PIECE)]
+                sent += len(piece)
+                yield piece
+                await asyncio.sleep(0 if piece else 0.01)
+
+        headers = {"content-length": str(len(data))}
+        return StreamingResponse(body(), headers=headers) if path.is_file() else Response(status_code=404)
+
+    closing = threading.Event()
+    with served(Starlette(routes=[Route("/{name:path}", read)])) as url:
+        try:
+            yield url
+        finally:
+            closing.set()
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import pytest
 
 from shared.errors import StoreError
 from shared.store import marker_path, read_datasets, read_markers
+from shared.store_copy import local_store
 from shared.store_read import StoreReader
-from shared.store_share import INCOMING, MANIFEST, fetch, local_store, look, pull, push
+from shared.store_share import INCOMING, MANIFEST, fetch, look, pull, push
 from tests.formats.stores import example, normal, write_rows
 from tests.shared.places import add_file, files_of, quiet
 from tests.shared.servers import plain_server, range_server
@@ -258,6 +259,6 @@ def test_a_marker_comes_after_its_files(tmp_path: Path) -> None:
     shared = look(str(there))
     marker = next(iter(shared.markers.values()))
     record = next(record for record in marker.files if "/c/" in record.path)
-    fetch(shared.remote, record, tmp_path / "b.zarr")
+    fetch(shared.remote, record, tmp_path / "b.zarr", threading.Event())
     assert (tmp_path / "b.zarr" / record.path).is_file()
     assert not marker_path(tmp_path / "b.zarr", marker.id).exists()
