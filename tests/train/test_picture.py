@@ -103,7 +103,7 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
 def test_a_picture_gets_the_size_of_a_clip_of_its_shape() -> None:
     settings, spec = config(Path("tiny"), resolution="64"), model_spec("tiny")
     assert bucket_of(Image.new("RGB", (200, 100)), settings, spec) == Bucket(9, 48, 80)
-    assert bucket_of(Image.new("RGB", (100, 200)), settings, spec) == Bucket(9, 80, 48)
+    assert bucket_of(Image.new("RGB", (100, 200)), settings, spec) == Bucket(9, 96, 48)
 
 
 def test_a_model_without_pictures_refuses_them(tmp_path: Path) -> None:
