@@ -61,7 +61,9 @@ def run(job: Job, plan: Plan, advance: Advance) -> None:
 def encode_texts(job: Job, tasks: Sequence[TextTask], advance: Advance) -> None:
     """Embed the captions of each task and commit them as one unit each; nothing of the encoder stays in memory."""
     folder = model_folder(job.spec, ("text_encoder", "tokenizer"))
-    encoder = TextEncoder(folder, torch_dtype(job.config.text_encoder.weight_dtype), device())
+    stored = job.config.text_encoder.weight_dtype
+    float8 = stored == "FLOAT_8"
+    encoder = TextEncoder(folder, torch_dtype("BFLOAT_16" if float8 else stored), device(), float8)
     every = [text for task in tasks for text in task.captions.values()]
     tokens = dict(zip(every, tokenized(encoder.tokenizer, every, concept_of(job.config)), strict=True))
     for group in groups(tasks, tokens):

@@ -64,7 +64,9 @@ class TextEncoderConfig(Strict):
     )
     train: bool = Field(False, description="FINE_TUNE only: train it too, from stored token ids")
     learning_rate: float | None = Field(None, gt=0, description="its own rate, else learning_rate")
-    weight_dtype: StorageDtype = Field("BFLOAT_16", description="storage of its weights while encoding")
+    weight_dtype: StorageDtype = Field(
+        "BFLOAT_16", description="storage of its weights while encoding; FLOAT_8: arithmetic in BFLOAT_16"
+    )
 
 
 class VaeConfig(Strict):
@@ -289,7 +291,8 @@ class Config(Strict):
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _older_spelling(cls, value: Any) -> Any:
-        return {"OFF": "NONE", "ON": "DEFAULT"}.get(value, value) if isinstance(value, str) else value
+        older = {"OFF": "NONE", "ON": "DEFAULT", False: "NONE", True: "DEFAULT"}
+        return older.get(value, value) if isinstance(value, str | bool) else value
 
     @field_validator("layer_offload_fraction", mode="after")
     @classmethod
@@ -301,7 +304,7 @@ class Config(Strict):
 
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
 BUILT: dict[str, tuple[Any, ...]] = {
-    "text_encoder.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16"),
+    "text_encoder.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16", "FLOAT_8"),
 }
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from shared.config import BUILT, Config, leaf_keys
 from shared.errors import ConfigError
 from shared.models import ModelSpec, model_spec
+from shared.spellings import respelled
 from shared.weights import with_parts
 
 PRESETS = Path(__file__).parent / "presets"
@@ -82,7 +83,8 @@ def resolve(choice: Choice, work_config: Path | None = None) -> Resolved:
     layers.append(("SET", parse_set(choice.set)))
     values: dict[str, Any] = {}
     sources = dict.fromkeys(leaf_keys(), "default")
-    for name, layer in layers:
+    for name, written in layers:
+        layer = respelled(written, name)
         merge(values, layer)
         sources |= {key: name for key in leaves_of(layer) if key in sources}
     config = validate(values, sources)

@@ -9,6 +9,7 @@ from encode.text import TextEncoder
 from shared.models import TINY_FOLDER, model_spec
 from shared.weights import load_text_encoder, model_folder, with_parts
 from tests.shared.originals import save_text
+from train.quantize import store
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -25,3 +26,20 @@ def test_a_text_encoder_file_embeds_as_its_model(tmp_path: Path, monkeypatch: py
         with torch.no_grad():
             wanted = encoder(torch.tensor([row])).last_hidden_state[0]
         torch.testing.assert_close(torch.from_numpy(embedded), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_eight_bits_are_codes_times_the_scale_of_their_row() -> None:
+    """text_encoder.weight_dtype FLOAT_8: the model with every matrix of its blocks rounded so, and nothing else."""
+    tokenizer, exact = load_text_encoder(model_spec("tiny"), torch.float32)
+    ids = [tokenizer("a red ball rolls").input_ids]
+    for name, part in exact.named_parameters():
+        if ".block." in name and part.ndim == 2 and "relative" not in name:
+            codes, scale = store(part.detach(), "FLOAT_8")
+            part.data = codes.float() * scale
+    folder = model_folder(model_spec("tiny"), ("text_encoder", "tokenizer"))
+    (found,) = TextEncoder(folder, torch.float32, torch.device("cpu"), float8=True).embed(ids, lambda _: None)
+    with torch.no_grad():
+        wanted = exact(torch.tensor(ids)).last_hidden_state[0]
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-5)
+    (plain,) = TextEncoder(folder, torch.float32, torch.device("cpu")).embed(ids, lambda _: None)
+    assert 1e-4 < abs(plain - found).max() < 0.5

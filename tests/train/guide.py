@@ -1,0 +1,201 @@
+"""Every JSON fragment of the training guide, as it is printed there: (section, preset it goes on top of, fragment)."""
+
+from typing import Any
+
+Fragment = tuple[str, str, dict[str, Any]]
+FRAGMENTS: list[Fragment] = [
+    ("CPU-Only Training", "cpu", {"train_dtype": "FLOAT_32", "batch_size": 1, "frames": 4, "resolution": "256"}),
+    (
+        "LoRA Training (Recommended)",
+        "16gb",
+        {
+            "training_method": "LORA",
+            "batch_size": 2,
+            "learning_rate": 0.0003,
+            "transformer": {"train": True},
+            "text_encoder": {"train": False},
+        },
+    ),
+    (
+        "Fine-Tuning",
+        "24gb-finetune",
+        {
+            "training_method": "FINE_TUNE",
+            "batch_size": 1,
+            "learning_rate": 0.0001,
+            "transformer": {"train": True, "learning_rate": 0.0001},
+            "text_encoder": {"train": True, "learning_rate": 5e-05},
+        },
+    ),
+    (
+        "Embedding Training",
+        "embedding",
+        {"training_method": "EMBEDDING", "batch_size": 4, "learning_rate": 0.001, "embedding_learning_rate": 0.005},
+    ),
+    (
+        "Core Training Settings",
+        "16gb",
+        {
+            "model_type": "WAN_2_2",
+            "base_model_name": "wan-ai/WAN_2_2",
+            "training_method": "LORA",
+            "batch_size": 2,
+            "learning_rate": 0.0003,
+            "epochs": 10,
+            "resolution": "512",
+            "frames": 16,
+        },
+    ),
+    (
+        "Video-Specific Configuration",
+        "16gb",
+        {
+            "video_config": {
+                "max_frames": 16,
+                "frame_sample_strategy": "uniform",
+                "target_fps": 24.0,
+                "max_duration": 10.0,
+                "temporal_consistency_weight": 1.0,
+                "use_temporal_attention": True,
+                "spatial_compression_ratio": 8,
+                "temporal_compression_ratio": 4,
+                "video_batch_size_multiplier": 0.5,
+                "frame_dropout_probability": 0.0,
+                "temporal_augmentation": False,
+            }
+        },
+    ),
+    (
+        "Memory Optimization Settings",
+        "16gb",
+        {
+            "gradient_checkpointing": "CPU_OFFLOADED",
+            "layer_offload_fraction": 0.5,
+            "train_dtype": "BFLOAT_16",
+            "transformer": {"weight_dtype": "FLOAT_8"},
+            "text_encoder": {"weight_dtype": "FLOAT_8"},
+        },
+    ),
+    (
+        "8GB VRAM Setup",
+        "8gb",
+        {
+            "batch_size": 1,
+            "frames": 8,
+            "resolution": "384",
+            "gradient_checkpointing": "CPU_OFFLOADED",
+            "layer_offload_fraction": 0.8,
+            "train_dtype": "BFLOAT_16",
+            "transformer": {"weight_dtype": "NFLOAT_4"},
+            "video_config": {
+                "max_frames": 8,
+                "spatial_compression_ratio": 16,
+                "temporal_compression_ratio": 8,
+                "video_batch_size_multiplier": 0.25,
+            },
+        },
+    ),
+    (
+        "16GB VRAM Setup",
+        "16gb",
+        {
+            "batch_size": 2,
+            "frames": 16,
+            "resolution": "512",
+            "gradient_checkpointing": "CPU_OFFLOADED",
+            "layer_offload_fraction": 0.5,
+            "train_dtype": "BFLOAT_16",
+            "transformer": {"weight_dtype": "FLOAT_8"},
+            "video_config": {
+                "max_frames": 16,
+                "spatial_compression_ratio": 8,
+                "temporal_compression_ratio": 4,
+                "video_batch_size_multiplier": 0.5,
+            },
+        },
+    ),
+    (
+        "Workflow 1: Character Training (8GB VRAM)",
+        "8gb",
+        {
+            "base_model_name": "wan-ai/WAN_2_2",
+            "training_method": "LORA",
+            "batch_size": 1,
+            "learning_rate": 0.0003,
+            "epochs": 15,
+            "resolution": "384",
+            "frames": 8,
+            "video_config": {
+                "max_frames": 8,
+                "frame_sample_strategy": "uniform",
+                "target_fps": 12.0,
+                "max_duration": 8.0,
+                "temporal_consistency_weight": 1.2,
+            },
+        },
+    ),
+    (
+        "Workflow 2: Style Transfer (16GB VRAM)",
+        "16gb",
+        {
+            "base_model_name": "wan-ai/WAN_2_2",
+            "training_method": "LORA",
+            "batch_size": 2,
+            "learning_rate": 0.0002,
+            "epochs": 20,
+            "resolution": "512",
+            "frames": 16,
+            "video_config": {
+                "max_frames": 16,
+                "frame_sample_strategy": "uniform",
+                "target_fps": 24.0,
+                "temporal_consistency_weight": 1.0,
+                "temporal_augmentation": True,
+            },
+        },
+    ),
+    (
+        "Workflow 3: Domain Adaptation (24GB+ VRAM)",
+        "24gb-finetune",
+        {
+            "base_model_name": "wan-ai/WAN_2_2",
+            "training_method": "FINE_TUNE",
+            "batch_size": 2,
+            "learning_rate": 0.0001,
+            "epochs": 30,
+            "resolution": "512",
+            "frames": 16,
+            "transformer": {"train": True, "learning_rate": 0.0001},
+            "text_encoder": {"train": True, "learning_rate": 5e-05},
+        },
+    ),
+    (
+        "Workflow 4: Quick Concept Learning",
+        "embedding",
+        {
+            "base_model_name": "wan-ai/WAN_2_2",
+            "training_method": "EMBEDDING",
+            "batch_size": 4,
+            "learning_rate": 0.001,
+            "embedding_learning_rate": 0.005,
+            "epochs": 50,
+            "resolution": "512",
+            "frames": 12,
+        },
+    ),
+    ("Data Augmentation", "16gb", {"video_config": {"temporal_augmentation": True, "frame_dropout_probability": 0.1}}),
+    ("Multi-Resolution Training", "16gb", {"resolution": "384,512,640"}),
+    (
+        "Learning Rate Scheduling",
+        "16gb",
+        {"learning_rate": 0.0003, "transformer": {"learning_rate": 0.0003}, "text_encoder": {"learning_rate": 0.0001}},
+    ),
+    (
+        "Sampling During Training",
+        "16gb",
+        {
+            "sample_after": 100,
+            "sample_prompts": ["a person walking in a park", "ocean waves at sunset", "city street at night"],
+        },
+    ),
+]
