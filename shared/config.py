@@ -62,11 +62,15 @@ class TextEncoderConfig(Strict):
     model_name: str | None = Field(
         None, description="UMT5 file or folder, or Hub id; null: beside a DiT file, else the model's own"
     )
-    train: bool = Field(False, description="FINE_TUNE only: train it too, from stored token ids")
+    train: bool = Field(False, description="FINE_TUNE only: train its blocks too, from stored token ids")
     learning_rate: float | None = Field(None, gt=0, description="its own rate, else learning_rate")
+<<<<<<< HEAD
     weight_dtype: StorageDtype = Field(
         "BFLOAT_16", description="storage of its weights while encoding; FLOAT_8: arithmetic in BFLOAT_16"
     )
+=======
+    weight_dtype: StorageDtype = Field("BFLOAT_16", description="storage of its weights, where it is loaded")
+>>>>>>> 045b6f1 (wip)
 
 
 class VaeConfig(Strict):
@@ -308,9 +312,7 @@ BUILT: dict[str, tuple[Any, ...]] = {
 }
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
-    "embedding.kind": ("OUTPUT",),
     "transformer.train": (True,),
-    "text_encoder.train": (False,),
     "train_dtype": ("FLOAT_32", "BFLOAT_16"),
     "clip": ("GLOBAL",),
     "compile": (False,),

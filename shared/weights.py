@@ -180,14 +180,20 @@ def load_vae(spec: ModelSpec, dtype: Any) -> Any:
 
 
 def load_text_encoder(spec: ModelSpec, dtype: Any) -> tuple[Any, Any]:
-    """(tokenizer, UMT5EncoderModel in `dtype`); frozen. Asserts the tied embedding that early transformers 5 lost."""
-    from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
+    """(tokenizer, UMT5EncoderModel in `dtype`); frozen."""
+    from transformers import AutoTokenizer
+
+    folder = model_folder(spec, ("text_encoder", "tokenizer"))
+    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), load_umt5(spec, dtype)
+
+
+def load_umt5(spec: ModelSpec, dtype: Any) -> Any:
+    """UMT5EncoderModel in `dtype`; frozen. Asserts the tied embedding that early transformers 5 lost."""
+    from transformers import AutoConfig, UMT5EncoderModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar is enough: the caller's
-    folder = model_folder(spec, ("text_encoder", "tokenizer"))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    source: Any = folder / "text_encoder"
+    source: Any = model_folder(spec, ("text_encoder",)) / "text_encoder"
     if (source / TEXT_FILE).exists():  # a repackaged file, perhaps in scaled fp8
         state = {name: read(place) for name, place in text_places(source).items()}
         config = AutoConfig.from_pretrained(source)
@@ -196,7 +202,7 @@ def load_text_encoder(spec: ModelSpec, dtype: Any) -> tuple[Any, Any]:
         encoder = UMT5EncoderModel.from_pretrained(source, dtype=dtype, local_files_only=True)
     if encoder.shared.weight.data_ptr() != encoder.encoder.embed_tokens.weight.data_ptr():
         raise ModelError("this transformers release leaves UMT5's embedding untied; install transformers >= 5.3")
-    return tokenizer, encoder.eval().requires_grad_(False)
+    return encoder.eval().requires_grad_(False)
 
 
 def text_places(source: Path) -> dict[str, Place]:

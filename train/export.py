@@ -3,8 +3,12 @@
     COMFY_LORA       diffusion_model.<original Wan name>.lora_A.weight / .lora_B.weight / .alpha
     DIFFUSERS_LORA   transformer.<diffusers name>.lora_A.weight / .lora_B.weight, alpha in the file's metadata
     KOHYA_LORA       lora_unet_<original name with underscores>.lora_down.weight / .lora_up.weight / .alpha
-    SAFETENSORS      whole weights under original names, or a concept's rows as `embedding`
+    SAFETENSORS      whole weights under original names, or a concept's rows: `embedding` (OUTPUT) or `umt5xxl` (INPUT)
     DIFFUSERS        a folder that WanTransformer3DModel.from_pretrained opens
+
+A text encoder that was trained too has a file `..._text_encoder` of its own, or its sub-folder, under the names of
+transformers, which ComfyUI's repackaged UMT5 files have too. `umt5xxl` is the key that ComfyUI's tokenizer of Wan names
+(comfyanonymous/ComfyUI `comfy/text_encoders/wan.py`, embedding_key).
 
 ComfyUI's loader and diffusers both apply the alpha keys of the first form; of the second, diffusers reads the rank and
 alpha from `lora_adapter_metadata` (huggingface/diffusers `loaders/lora_base.py`). Two experts give two files.
@@ -24,9 +28,15 @@ from shared.files import atomic_write, read_json, write_json
 from shared.models import ModelSpec
 from shared.names import original_name
 from shared.resolve import to_json
-from shared.weights import content_name, model_folder, torch_dtype, weights_fingerprint
+from shared.tensors import read
+from shared.weights import content_name, model_folder, text_places, torch_dtype, weights_fingerprint
 from train.adapter_file import base_adapters
+from train.optim import EMBEDDING
 from train.run import Run
+from train.text_encoder import PREFIX
+
+COMFY_EMBEDDING = "umt5xxl"
+TOKEN_TABLE = "shared.weight"
 
 
 def comfy_lora(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -133,23 +143,30 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
     }
 
 
+def in_dtype(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Tensors as files hold them, in output_dtype; alpha stays float32."""
+    dtype = torch_dtype(config.output_dtype)
+    return {
+        name: value.detach().cpu().to(torch.float32 if name.endswith(".alpha") else dtype).contiguous()
+        for name, value in tensors.items()
+    }
+
+
 def formatted(tensors: Mapping[str, Tensor], config: Config, spec: ModelSpec, form: OutputFormat) -> dict[str, Tensor]:
-    """Tensors under the names of a format, in output_dtype; alpha stays float32."""
+    """Tensors under the names of a format, in output_dtype."""
     if form == "COMFY_LORA":
         named = comfy_lora(tensors, config)
     elif form == "KOHYA_LORA":
         named = kohya_lora(tensors, config, spec)
     elif form == "DIFFUSERS_LORA":
         named = diffusers_lora(tensors)
+    elif config.training_method == "EMBEDDING" and config.embedding.kind == "INPUT":
+        named = {COMFY_EMBEDDING: tensors[EMBEDDING]}
     elif form == "SAFETENSORS" and config.training_method == "FINE_TUNE":
         named = {original_name(name): value for name, value in tensors.items()}
     else:
         named = dict(tensors)
-    dtype = torch_dtype(config.output_dtype)
-    return {
-        name: value.detach().cpu().to(torch.float32 if name.endswith(".alpha") else dtype).contiguous()
-        for name, value in named.items()
-    }
+    return in_dtype(named, config)
 
 
 def write_result(
@@ -158,21 +175,38 @@ def write_result(
     what: tuple[Run, str, OutputFormat],
     tensors: Mapping[str, Tensor],
     metadata: dict[str, str],
-) -> Path:
-    """Write what was trained of (run, expert) in a format; returns the file, or the folder of DIFFUSERS."""
+) -> list[Path]:
+    """Write what was trained of (run, expert) in a format; returns the files, or the folder of DIFFUSERS."""
     run, expert, form = what
+    text = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
     if form == "DIFFUSERS_LORA":  # beside alpha keys it would scale twice
         metadata = metadata | {"lora_adapter_metadata": peft_metadata(run.config)}
     plain = formatted(tensors, run.config, run.spec, form)
     if form != "DIFFUSERS":
         path = folder / (f"{stem}.safetensors" if expert == "single" else f"{stem}_{expert}.safetensors")
         write_file(path, plain, metadata)
-        return path
+        beside = [folder / f"{stem}_text_encoder.safetensors"] if text else []
+        for file in beside:
+            write_text_encoder(file, run, text, metadata)
+        return [path, *beside]
     part = dict(run.spec.expert_folders)[expert]
     source = model_folder(run.spec, (part,)) / part / "config.json"
     write_json(folder / stem / part / "config.json", read_json(source))
     write_file(folder / stem / part / "diffusion_pytorch_model.safetensors", plain, metadata)
-    return folder / stem
+    if text:
+        source = model_folder(run.spec, ("text_encoder",)) / "text_encoder" / "config.json"
+        write_json(folder / stem / "text_encoder" / "config.json", read_json(source))
+        write_text_encoder(folder / stem / "text_encoder" / "model.safetensors", run, text, metadata)
+    return [folder / stem]
+
+
+def write_text_encoder(path: Path, run: Run, text: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write the trained blocks of UMT5 with the token vectors they belong to."""
+    source = model_folder(run.spec, ("text_encoder",)) / "text_encoder"
+    places = text_places(source)
+    table = read(places.get(TOKEN_TABLE) or places["encoder.embed_tokens.weight"])
+    write_file(path, in_dtype({TOKEN_TABLE: table, **text}, run.config), metadata)
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

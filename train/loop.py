@@ -79,6 +79,7 @@ def accumulate(model: Model, bank: TextBank, batch: list[Slots], config: Config,
         if config.lora_dropout:
             torch.manual_seed(int(random_of(config.seed, DROPOUT, step, number).integers(2**62)))
         loss = micro_loss(model, bank, slots, config)
-        torch.autograd.backward(loss)
+        if loss.requires_grad:  # not where all captions are without the concept that is learned
+            torch.autograd.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).sum() if losses else torch.zeros((), device=model.device)

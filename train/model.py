@@ -130,7 +130,9 @@ class TextBank:
 
     def batch(self, keys: Iterable[str]) -> Text:
         """Text of a micro-batch."""
-        return collate_text([self.rows(key) for key in keys])
+        keys = list(keys)
+        rows = {key: self.rows(key) for key in dict.fromkeys(keys)}
+        return collate_text([rows[key] for key in keys])
 
 
 def refuse_mismatch(config: Config, spec: ModelSpec) -> None:
@@ -146,6 +148,9 @@ def refuse_mismatch(config: Config, spec: ModelSpec) -> None:
             f"first_frame_conditioning_probability={config.first_frame_conditioning_probability}: "
             f"{spec.name} takes no clean first frame; leave it at 0"
         )
+    if config.text_encoder.train and spec.boundary is not None:
+        raise ConfigError(f"text_encoder.train: the experts of {spec.name} are trained one after the other, and one "
+                          "text encoder cannot follow both; leave it off")  # fmt: skip
     refuse_method_mismatch(config)
 
 
@@ -153,7 +158,8 @@ def refuse_method_mismatch(config: Config) -> None:
     """Settings that contradict the training method."""
     storage, compute = config.transformer.weight_dtype, config.train_dtype
     form, kind = f"output_model_format={config.output_model_format}", f"peft_type={config.peft_type}"
-    whole, lora = config.training_method == "FINE_TUNE", config.training_method == "LORA"
+    method, text = config.training_method, config.text_encoder
+    whole, lora = method == "FINE_TUNE", method == "LORA"
     plain = config.peft_type == "LORA"
     lora_form = config.output_model_format.endswith("_LORA")
     rounding = config.optimizer.rounding
@@ -163,6 +169,12 @@ def refuse_method_mismatch(config: Config) -> None:
         "prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off":
             whole and config.prior.prediction,
         f"{form}: FINE_TUNE gives whole weights; use SAFETENSORS or DIFFUSERS": whole and lora_form,
+        f"{form}: EMBEDDING gives a concept's vectors; use SAFETENSORS":
+            method == "EMBEDDING" and config.output_model_format != "SAFETENSORS",
+        f"text_encoder.train: {method} leaves the text encoder as it is, and needs none in memory for stored text; use "
+        "FINE_TUNE, or leave it off": text.train and not whole,
+        f"text_encoder.weight_dtype={text.weight_dtype}: text_encoder.train updates the weights; use FLOAT_32 or "
+        f"{compute}": text.train and text.weight_dtype not in (compute, "FLOAT_32"),
         f"{form}: LORA gives an adapter; use COMFY_LORA, DIFFUSERS_LORA or KOHYA_LORA": lora and not lora_form,
         f"{form} cannot hold {kind}; use COMFY_LORA": lora and not plain and config.output_model_format != "COMFY_LORA",
         "resume_from_adapter starts plain LoRA training; it needs training_method and peft_type LORA":

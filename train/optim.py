@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shared.config import Config
 from shared.errors import ConfigError
 from train.rounding import Rounded
+from train.text_encoder import PREFIX
 
 Parameters = dict[str, nn.Parameter]
 EMBEDDING = "embedding"  # name of a concept's learned rows among the trained parameters
@@ -21,17 +22,19 @@ def make_optimizer(config: Config, trained: Parameters) -> Optimizer:
     """The configured optimizer over the trained parameters; its rate is set before every update."""
     if config.optimizer.name == "MUON" and (odd := [name for name, part in trained.items() if part.ndim != 2]):
         raise ConfigError(f"optimizer.name=MUON trains matrices only, {odd[0]} is none; use ADAMW")
-    kind = EMBEDDING if EMBEDDING in trained else "transformer"
     if config.optimizer.rounding == "NEAREST":
-        return plain_optimizer(config, list(trained.values()), kind)
+        return plain_optimizer(config, trained)
     kahan = config.optimizer.rounding == "KAHAN"
-    return Rounded(lambda parts: plain_optimizer(config, parts, kind), trained.values(), kahan, config.seed)
+    return Rounded(lambda name, part: plain_optimizer(config, {name: part}), trained, kahan, config.seed)
 
 
-def plain_optimizer(config: Config, parts: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
-    """The optimizer as its library has it; `kind` says whose rate the parameters have."""
+def plain_optimizer(config: Config, trained: Parameters) -> torch.optim.Optimizer:
+    """The optimizer as its library has it, one group for each part that has a rate of its own."""
     settings = config.optimizer
-    groups = [{"params": parts, "part": kind}]
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, part in trained.items():
+        parts.setdefault(part_of(name), []).append(part)
+    groups: list[dict[str, Any]] = [{"params": params, "part": kind} for kind, params in parts.items()]
     common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": settings.weight_decay}
     betas, eps = (settings.beta1, settings.beta2), settings.eps
     if settings.name == "ADAMW":
@@ -67,9 +70,17 @@ def optional(module: str, package: str) -> Any:
         raise ConfigError(f"this optimizer.name needs {package}; install it with: pip install {package}") from None
 
 
+def part_of(name: str) -> str:
+    """Whose rate a trained parameter has."""
+    if name == EMBEDDING:
+        return EMBEDDING
+    return "text_encoder" if name.startswith(PREFIX) else "transformer"
+
+
 def peak_rate(config: Config, part: str) -> float:
     """The part's own rate, else the global one."""
-    own = {"transformer": config.transformer.learning_rate, EMBEDDING: config.embedding_learning_rate}
+    own = {"transformer": config.transformer.learning_rate, "text_encoder": config.text_encoder.learning_rate,
+           EMBEDDING: config.embedding_learning_rate}  # fmt: skip
     return own[part] or config.learning_rate
 
 

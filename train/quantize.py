@@ -54,23 +54,23 @@ class Scheme(NamedTuple):
     decode: Callable[[Stored, tuple[int, int], torch.dtype], Tensor]
 
 
-def quantize_blocks(transformer: nn.Module, dtype: StorageDtype) -> None:
-    """Store the frozen weights of all linear layers under `blocks.` as `dtype`, in place; adapters are left alone.
+def quantize_blocks(network: nn.Module, dtype: StorageDtype, prefix: str = "blocks.") -> None:
+    """Store the frozen weights of all linear layers under `prefix` as `dtype`, in place; adapters are left alone.
 
     A layer whose weight has that dtype already stays a plain linear layer. Raises ModelError on non-finite weights.
     """
-    for name, linear in frozen_linears(transformer):
+    for name, linear in frozen_linears(network, prefix):
         if linear.weight.dtype != TORCH_DTYPES.get(dtype):
-            replace_module(transformer, name, quantized(linear, dtype, name))
+            replace_module(network, name, quantized(linear, dtype, name))
 
 
-def frozen_linears(transformer: nn.Module) -> list[tuple[str, nn.Linear]]:
+def frozen_linears(network: nn.Module, prefix: str = "blocks.") -> list[tuple[str, nn.Linear]]:
     """Names and plain linear layers of the blocks that are neither trained nor part of an adapter."""
     return [
         (name, module)
-        for name, module in transformer.named_modules()
+        for name, module in network.named_modules()
         if type(module) is nn.Linear
-        and name.startswith("blocks.")
+        and name.startswith(prefix)
         and ".lora_" not in name
         and not module.weight.requires_grad
     ]

@@ -5,7 +5,7 @@ STOCHASTIC rounds up or down with the probability that keeps the mean; KAHAN kee
 beside the weight (Zamirai et al. 2020, arXiv 2010.06192, for both).
 """
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ def round_stochastic(wide: Tensor, generator: torch.Generator) -> Tensor:
 class Rounded:
     """An optimizer over half-precision weights, made of one ordinary optimizer per tensor."""
 
-    def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], parts: Iterable[nn.Parameter],
+    def __init__(self, make: Callable[[str, nn.Parameter], torch.optim.Optimizer], parts: Mapping[str, nn.Parameter],
                  kahan: bool, seed: int) -> None:  # fmt: skip
-        self.parts, self.kahan, self.seed, self.steps = list(parts), kahan, seed, 0
+        self.parts, self.kahan, self.seed, self.steps = list(parts.values()), kahan, seed, 0
         self.wide = [nn.Parameter(torch.empty(0, device=part.device)) for part in self.parts]
-        self.inner = [make([wide]) for wide in self.wide]
+        self.inner = [make(name, wide) for name, wide in zip(parts, self.wide, strict=True)]
         self.lost: dict[str, Tensor] = {}  # by number of the part
 
     @property

@@ -163,5 +163,5 @@ def export_run(folder: Path, form: OutputFormat, out: Path | None) -> list[Path]
                 tensors = checkpoint.read_tensors(saved, f"{weights}_{expert}")
                 metadata = export.describe(run.config, run.spec, expert, phases[expert].steps, state.data)
                 stem = f"{run.name}-{form.lower()}{'_ema' if weights == 'average' else ''}"
-                paths.append(export.write_result(out or run.folder, stem, (run, expert, form), tensors, metadata))
+                paths += export.write_result(out or run.folder, stem, (run, expert, form), tensors, metadata)
     return paths

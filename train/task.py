@@ -213,12 +213,11 @@ class Task:
         if learner.average is not None:
             results[f"{name}_ema"] = learner.average.mean
         for stem, tensors in results.items():
-            path = export.write_result(
-                run.folder, stem, (run, phase.expert, config.output_model_format), tensors, metadata
-            )
-            if end and config.output_model_destination is not None:
-                copy_result(path, Path(config.output_model_destination))
-            self.log.say(f"wrote {path}")
+            what = run, phase.expert, config.output_model_format
+            for path in export.write_result(run.folder, stem, what, tensors, metadata):
+                if end and config.output_model_destination is not None:
+                    copy_result(path, Path(config.output_model_destination))
+                self.log.say(f"wrote {path}")
 
     def finish(self) -> None:
         """After the last step of the last expert."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from numpy.typing import NDArray
+from transformers import UMT5Config, UMT5EncoderModel
 
 from shared.concept import Spans, text_key
 from shared.config import Config, EmbeddingConfig, leaf_keys
@@ -44,6 +45,14 @@ def make_model(folder: Path, pair: bool = False, first_frame: bool = False, **ch
     index = {"expand_timesteps": first_frame, "boundary_ratio": 0.875 if pair else None}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def add_text_encoder(model: Path) -> Path:
+    """A random UMT5 that knows the ids of made stores, with dropout, which must not matter."""
+    torch.manual_seed(5)
+    sizes = {"d_model": TEXT_DIM, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.2}
+    UMT5EncoderModel(UMT5Config(vocab_size=1002, **sizes)).save_pretrained(model / "text_encoder")
+    return model
 
 
 def listed(number: int, spec: ModelSpec, size: tuple[int, int, int] = SIZE, **changes: Any) -> ListedSample:

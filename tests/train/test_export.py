@@ -65,7 +65,7 @@ def test_stock_diffusers_gives_our_output(single: Made, tmp_path: Path, form: An
     settings = config(single[0], lora_alpha=6.0, lora_targets=targets, output_model_format=form)
     model, tensors = trained_model(single, settings)
     run = make_run(tmp_path / "run", settings, single[2])
-    path = write_result(
+    (path,) = write_result(
         tmp_path, "a", (run, "single", form), tensors, describe(settings, run.spec, "single", 5, "data")
     )
     pipe = pipeline(single[0])
@@ -137,10 +137,10 @@ def test_a_fine_tune_is_a_diffusers_folder_or_one_file_with_original_names(singl
     tensors = {name: part.detach() + 0.1 for name, part in model.transformer.named_parameters()}
     model.transformer.load_state_dict(tensors)
     run: Run = make_run(tmp_path / "run", settings, single[2])
-    folder = write_result(tmp_path, "a", (run, "single", "DIFFUSERS"), tensors, {"format": "pt"})
+    (folder,) = write_result(tmp_path, "a", (run, "single", "DIFFUSERS"), tensors, {"format": "pt"})
     opened = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
     torch.testing.assert_close(stock(opened), ours(model), rtol=1e-4, atol=1e-4)
-    path = write_result(tmp_path, "b", (run, "single", "SAFETENSORS"), tensors, {"format": "pt"})
+    (path,) = write_result(tmp_path, "b", (run, "single", "SAFETENSORS"), tensors, {"format": "pt"})
     single_file = WanTransformer3DModel.from_single_file(str(path), config=str(single[0]), subfolder="transformer")
     assert all(torch.equal(value, tensors[name]) for name, value in single_file.state_dict().items())
 
@@ -150,7 +150,7 @@ def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
     _, tensors = trained_model(single, settings)
     run = make_run(tmp_path / "run", settings, single[2])
     facts = describe(settings, run.spec, "single", 123, "a store")
-    path = write_result(tmp_path, "a", (run, "single", "COMFY_LORA"), tensors, facts)
+    (path,) = write_result(tmp_path, "a", (run, "single", "COMFY_LORA"), tensors, facts)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["steps"] == metadata["ss_steps"] == "123" and metadata["store_fingerprint"] == "a store"
@@ -168,7 +168,7 @@ def test_training_can_start_from_a_file_of_any_format(single: Made, tmp_path: Pa
     settings = config(single[0], lora_alpha=6.0, output_model_format=form)
     before, tensors = trained_model(single, settings)
     run = make_run(tmp_path / "run", settings, single[2])
-    path = write_result(tmp_path, "a", (run, "single", form), tensors, {"format": "pt"})
+    (path,) = write_result(tmp_path, "a", (run, "single", form), tensors, {"format": "pt"})
     other = config(single[0], lora_alpha=16.0)
     model = load_model(single[1], "single", other, CPU)
     trained = add_adapter(model.transformer, other, 7)

@@ -14,10 +14,10 @@ from shared.concept import text_key
 from shared.config import EmbeddingConfig
 from shared.errors import StoreError
 from shared.keys import caption_key
-from shared.models import ModelSpec
+from shared.models import ModelSpec, spec_of_folder
 from shared.store_read import StoreReader
 from tests.train.children import child
-from tests.train.make import config, events, listed, make_run, make_store, trained
+from tests.train.make import add_text_encoder, config, events, listed, make_model, make_run, make_store, trained
 from train.embedding import OutputConcept, first_rows
 from train.rounding import Rounded, round_stochastic
 from train.session import start
@@ -43,13 +43,18 @@ METHODS: dict[str, dict[str, Any]] = {
               "optimizer": {"rounding": "KAHAN", "name": "ADAFACTOR"}},
     "embedding": {"training_method": "EMBEDDING", "output_model_format": "SAFETENSORS", "embedding_learning_rate": 0.1,
                   "embedding": CONCEPT, "caption_dropout_probability": 0.0},
+    "input": {"training_method": "EMBEDDING", "output_model_format": "SAFETENSORS", "embedding_learning_rate": 0.1,
+              "embedding": CONCEPT | {"kind": "INPUT"}, "caption_dropout_probability": 0.0},
+    "text encoder": {"training_method": "FINE_TUNE", "output_model_format": "SAFETENSORS", "learning_rate": 3e-3,
+                     "text_encoder": {"train": True, "learning_rate": 1e-3, "weight_dtype": "FLOAT_32"}},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def zorbs(single: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def zorbs(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Samples whose captions hold a placeholder; one held out."""
-    model, spec, _ = single
+    model = add_text_encoder(make_model(tmp_path_factory.mktemp("z") / "model"))
+    spec = spec_of_folder(model)
     texts = [f"<zorb> moving {way} on black" for way in ("left", "right", "up", "down")]
     samples = [listed(n, spec, captions=(caption_key(texts[n % 4]),), split="validation" if n == 5 else "train")
                for n in range(6)]  # fmt: skip
@@ -66,7 +71,7 @@ def test_a_method_lowers_the_held_out_loss_and_resumes_bit_equal(zorbs: Made, tm
     start(whole, finished=False)
     losses = [row["loss"] for row in events(whole) if row["event"] == "validation"]
     # a random model hardly listens to its text, so an embedding can do little; Prodigy is still finding its rate
-    assert losses[1] < (1 if method in ("embedding", "prodigy") else 0.98) * losses[0]
+    assert losses[1] < (1 if method in ("embedding", "input", "prodigy") else 0.98) * losses[0]
     process = child(broken)
     time.sleep(random.Random(method).uniform(0.3, 0.9) * (time.monotonic() - began))
     process.kill()
@@ -120,7 +125,7 @@ def test_stochastic_rounding_keeps_the_mean() -> None:
 def test_small_updates_are_not_lost_in_bfloat16(kahan: bool) -> None:
     """2000 steps of 1e-4 move a weight of 1 by 0.2; rounded to nearest it would never move."""
     part = torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16))
-    optimizer = Rounded(lambda parts: torch.optim.SGD(parts, lr=1e-4), [part], kahan, seed=0)
+    optimizer = Rounded(lambda _, wide: torch.optim.SGD([wide], lr=1e-4), {"part": part}, kahan, seed=0)
     for _ in range(2000):
         part.grad = torch.ones_like(part)
         optimizer.step()
