@@ -68,9 +68,6 @@ class TextEncoderConfig(Strict):
     weight_dtype: StorageDtype = Field(
         "BFLOAT_16", description="storage of its weights while encoding; FLOAT_8: arithmetic in BFLOAT_16"
     )
-=======
-    weight_dtype: StorageDtype = Field("BFLOAT_16", description="storage of its weights, where it is loaded")
->>>>>>> 045b6f1 (wip)
 
 
 class VaeConfig(Strict):
