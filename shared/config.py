@@ -64,9 +64,8 @@ class TextEncoderConfig(Strict):
     )
     train: bool = Field(False, description="FINE_TUNE only: train its blocks too, from stored token ids")
     learning_rate: float | None = Field(None, gt=0, description="its own rate, else learning_rate")
-<<<<<<< HEAD
     weight_dtype: StorageDtype = Field(
-        "BFLOAT_16", description="storage of its weights while encoding; FLOAT_8: arithmetic in BFLOAT_16"
+        "BFLOAT_16", description="storage of its weights, where it is loaded; encode's FLOAT_8: arithmetic in BFLOAT_16"
     )
 
 
