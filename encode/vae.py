@@ -46,7 +46,10 @@ from encode import winograd
 
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; the first latent frame holds one pixel frame
 
-ConvKind = Literal["conv3d", "winograd"]  # winograd: see encode/winograd.py, for the layers that gain by it
+# plane: one conv2d per tap; winograd: see encode/winograd.py, for the layers that gain by it, plane for the others
+ConvKind = Literal["conv3d", "plane", "winograd"]
+HALF = (torch.float16, torch.bfloat16)
+NORM_VALUES = 2**17  # normalised at once
 Layer = Any  # a module of the VAE; diffusers types none of their attributes
 
 
@@ -63,8 +66,8 @@ class Trip:
         """The `depth` frames before these, None at the layer's start; remembers the last ones for the next pass."""
         past = self.history.get(layer)
         if self.streaming and frames_BCTHW.shape[2]:
-            known = F.pad(frames_BCTHW, (0, 0, 0, 0, depth, 0)) if past is None else torch.cat([past, frames_BCTHW], 2)
-            self.history[layer] = known[:, :, -depth:].clone()
+            last = frames_BCTHW[:, :, -depth:]
+            self.history[layer] = last.clone() if last.shape[2] == depth else _after(past, last, depth)[:, :, -depth:]
         return past
 
 
@@ -151,14 +154,14 @@ def _encoder(encoder: Layer, hidden: Tensor, trip: Trip) -> Tensor:
     hidden = _causal_conv(hidden, encoder.conv_in, trip)
     hidden = _walk(encoder.down_blocks, hidden, trip)
     hidden = _middle(encoder.mid_block, hidden, trip)
-    return _causal_conv(_norm_silu(hidden, encoder.norm_out), encoder.conv_out, trip)
+    return _norm_silu_conv(hidden, encoder.norm_out, encoder.conv_out, trip)
 
 
 def _decoder(decoder: Layer, hidden: Tensor, trip: Trip) -> Tensor:
     hidden = _causal_conv(hidden, decoder.conv_in, trip)
     hidden = _middle(decoder.mid_block, hidden, trip)
     hidden = _walk(decoder.up_blocks, hidden, trip)
-    return _causal_conv(_norm_silu(hidden, decoder.norm_out), decoder.conv_out, trip)
+    return _norm_silu_conv(hidden, decoder.norm_out, decoder.conv_out, trip)
 
 
 def _walk(layers: Iterable[Layer], hidden: Tensor, trip: Trip) -> Tensor:
@@ -177,8 +180,8 @@ def _middle(block: Layer, hidden: Tensor, trip: Trip) -> Tensor:
 def _residual(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
     """Norm, SiLU, convolution, twice, plus a shortcut. Dropout is left out: no Wan VAE has any."""
     shortcut = hidden if isinstance(block.conv_shortcut, nn.Identity) else _pointwise(hidden, block.conv_shortcut)
-    hidden = _causal_conv(_norm_silu(hidden, block.norm1), block.conv1, trip)
-    hidden = _causal_conv(_norm_silu(hidden, block.norm2), block.conv2, trip)
+    hidden = _norm_silu_conv(hidden, block.norm1, block.conv1, trip)
+    hidden = _norm_silu_conv(hidden, block.norm2, block.conv2, trip)
     return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
@@ -211,24 +214,29 @@ def _resample(hidden: Tensor, layer: Layer, trip: Trip) -> Tensor:
     if layer.mode == "upsample3d":
         hidden = _double_frames(hidden, layer.time_conv, trip)
     conv2d = layer.resample[1]
-    frames_NCHW, batch = _frames(hidden), hidden.shape[0]
     if layer.mode.startswith("up"):
-        frames_NCHW = F.interpolate(frames_NCHW, scale_factor=2.0, mode="nearest-exact")
-        frames_NCHW = F.conv2d(frames_NCHW, conv2d.weight, conv2d.bias, padding=1)
-    else:
-        frames_NCHW = F.conv2d(F.pad(frames_NCHW, (0, 1, 0, 1)), conv2d.weight, conv2d.bias, stride=2)
-    hidden = _clips(frames_NCHW, batch)
-    return _halve_frames(hidden, layer.time_conv, trip) if layer.mode == "downsample3d" else hidden
+        return _double_sides(hidden, conv2d, trip)
+    frames_NCHW = F.conv2d(F.pad(_frames(hidden), (0, 1, 0, 1)), conv2d.weight, conv2d.bias, stride=2)
+    halved = _clips(frames_NCHW, hidden.shape[0])
+    return _halve_frames(halved, layer.time_conv, trip) if layer.mode == "downsample3d" else halved
+
+
+def _double_sides(hidden: Tensor, conv2d: Layer, trip: Trip) -> Tensor:
+    frames_NCHW = F.interpolate(_frames(hidden), scale_factor=2.0, mode="nearest-exact")
+    doubled = _clips(frames_NCHW, hidden.shape[0])
+    if trip.kind == "winograd" and winograd.fits(doubled, conv2d):
+        return winograd.causal_conv(doubled, None, conv2d)
+    return _clips(F.conv2d(frames_NCHW, conv2d.weight, conv2d.bias, padding=1), hidden.shape[0])
 
 
 def _halve_frames(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     """Identity 2: (B, C, 1 + 2n, H, W) to 1 + n frames at the clip's start, 2n to n frames later."""
     past = trip.recall(conv, hidden, 1)
     if past is not None:
-        return F.conv3d(torch.cat([past, hidden], 2), conv.weight, conv.bias, stride=(2, 1, 1))
+        return _time_conv(torch.cat([past, hidden], 2), conv, 2)
     if hidden.shape[2] == 1:
         return hidden
-    return torch.cat([hidden[:, :, :1], F.conv3d(hidden, conv.weight, conv.bias, stride=(2, 1, 1))], 2)
+    return torch.cat([hidden[:, :, :1], _time_conv(hidden, conv, 2)], 2)
 
 
 def _double_frames(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
@@ -237,7 +245,7 @@ def _double_frames(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     head, tail = hidden[:, :, :skipped], hidden[:, :, skipped:]
     if tail.shape[2] == 0:
         return head
-    first, second = _causal_conv(tail, conv, trip).chunk(2, dim=1)
+    first, second = _time_conv(_after(trip.recall(conv, tail, 2), tail, 2), conv, 1).chunk(2, dim=1)
     doubled = torch.stack([first, second], dim=3).flatten(2, 3)  # the two halves take turns in time
     return torch.cat([head, doubled], 2) if skipped else doubled
 
@@ -254,35 +262,88 @@ def _attention(hidden: Tensor, block: Layer, trip: Trip) -> Tensor:
     return hidden + _clips(frames_NCHW, hidden.shape[0])
 
 
+def _time_conv(hidden: Tensor, conv: Layer, stride: int) -> Tensor:
+    """Three taps in time and one pixel in the plane, without padding: a matrix product over three frames' channels."""
+    frames_BTHWC = hidden.permute(0, 2, 3, 4, 1)
+    count = (hidden.shape[2] - 3) // stride + 1
+    taps = [frames_BTHWC[:, tap : tap + (count - 1) * stride + 1 : stride] for tap in range(3)]
+    weight = conv.weight.flatten(2).transpose(1, 2).flatten(1)
+    return F.linear(torch.cat(taps, -1), weight, conv.bias).permute(0, 4, 1, 2, 3)
+
+
+def _norm_silu_conv(hidden: Tensor, norm: WanRMS_norm, conv: Layer, trip: Trip) -> Tensor:
+    if trip.kind == "winograd" and winograd.fits(hidden, conv):
+        return winograd.causal_conv(hidden, trip.recall(conv, hidden, 2), conv, _gain(norm))
+    return _causal_conv(_norm_silu(hidden, norm), conv, trip)
+
+
 def _causal_conv(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     """Identity 1: same-size convolution that looks back only; before the clip's start there are zeros."""
-    depth = conv.kernel_size[0] - 1
-    padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
-    past = trip.recall(conv, hidden, depth)
+    past = trip.recall(conv, hidden, 2)
     if trip.kind == "winograd" and winograd.fits(hidden, conv):
         return winograd.causal_conv(hidden, past, conv)
+    if trip.kind != "conv3d":
+        return _plane_convs(hidden, past, conv)
     if past is None and hidden.shape[2] == 1:  # an image: only the last tap meets data, a third of the work
-        return F.conv3d(hidden, conv.weight[:, :, -1:], conv.bias, padding=padding)
-    padded = F.pad(hidden, (0, 0, 0, 0, depth, 0)) if past is None else torch.cat([past, hidden], 2)
-    return F.conv3d(padded, conv.weight, conv.bias, padding=padding)
+        return F.conv3d(hidden, conv.weight[:, :, -1:], conv.bias, padding=(0, 1, 1))
+    return F.conv3d(_after(past, hidden, 2), conv.weight, conv.bias, padding=(0, 1, 1))
+
+
+def _plane_convs(hidden: Tensor, past: Tensor | None, conv: Layer) -> Tensor:
+    """The causal convolution as one convolution in the plane per tap: no padded copy, and none for frames of zeros."""
+    batch, count = hidden.shape[0], hidden.shape[2]
+    frames = hidden if past is None else torch.cat([past, hidden], 2)
+    taps = conv.weight.unbind(2)
+    out = _clips(F.conv2d(_frames(hidden), taps[2], conv.bias, padding=1), batch)
+    for lag in (1, 2):
+        source = frames[:, :, max(0, frames.shape[2] - count - lag) : frames.shape[2] - lag]
+        if source.shape[2]:
+            out[:, :, count - source.shape[2] :] += _clips(F.conv2d(_frames(source), taps[2 - lag], padding=1), batch)
+    return out
+
+
+def _after(past: Tensor | None, hidden: Tensor, depth: int) -> Tensor:
+    """The frames behind their `depth` predecessors, zeros at the clip's start."""
+    return F.pad(hidden, (0, 0, 0, 0, depth, 0)) if past is None else torch.cat([past, hidden], 2)
 
 
 def _pointwise(hidden: Tensor, conv: Layer) -> Tensor:
-    return F.conv3d(hidden, conv.weight, conv.bias)
+    return F.linear(hidden.permute(0, 2, 3, 4, 1), conv.weight.flatten(1), conv.bias).permute(0, 4, 1, 2, 3)
 
 
-def _norm(hidden: Tensor, norm: WanRMS_norm) -> Tensor:
-    """`WanRMS_norm` over channels with its constant scale folded into gamma; Wan's norms have no bias."""
-    half = hidden.dtype in (torch.float16, torch.bfloat16)
-    wide = hidden.float() if half else hidden
-    inverse = wide.square().sum(1, keepdim=True).clamp_min_(1e-24).rsqrt_()  # F.normalize's eps 1e-12, squared
-    gain = (norm.gamma * norm.scale).to(hidden.dtype)
-    normed: Tensor = (wide * inverse).to(hidden.dtype) * gain
-    return normed
+def _norm(hidden: Tensor, norm: WanRMS_norm, silu: bool = False) -> Tensor:
+    """`WanRMS_norm` over channels with its constant scale folded into gamma; Wan's norms have no bias.
+
+    On a CPU block by block: what the steps leave in between stays in the cache and takes no memory.
+    """
+    gain_C = _gain(norm)
+    rows_NC = hidden.movedim(1, -1)
+    if torch.is_grad_enabled() or hidden.device.type != "cpu":
+        return _normed(rows_NC, gain_C, silu).movedim(-1, 1)
+    rows_NC = rows_NC.reshape(-1, hidden.shape[1])
+    out_NC = torch.empty_like(rows_NC)
+    step = max(1, NORM_VALUES // hidden.shape[1]) * torch.get_num_threads()
+    for rows, out in zip(torch.split(rows_NC, step), torch.split(out_NC, step), strict=True):
+        out.copy_(_normed(rows, gain_C, silu))
+    return out_NC.view(*hidden.shape[:1], *hidden.shape[2:], -1).movedim(-1, 1)
+
+
+def _gain(norm: WanRMS_norm) -> Tensor:
+    """In float32 for half-precision weights, or else in the weights' own precision."""
+    gamma = norm.gamma.flatten()
+    gain_C: Tensor = (gamma.float() if gamma.dtype in HALF else gamma) * norm.scale
+    return gain_C
+
+
+def _normed(rows_NC: Tensor, gain_C: Tensor, silu: bool) -> Tensor:
+    wide = rows_NC.float() if rows_NC.dtype in HALF else rows_NC
+    inverse = wide.square().sum(-1, keepdim=True).clamp_min_(1e-24).rsqrt_()  # F.normalize's eps 1e-12, squared
+    normed = wide * inverse * gain_C
+    return (F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed).to(rows_NC.dtype)
 
 
 def _norm_silu(hidden: Tensor, norm: WanRMS_norm) -> Tensor:
-    return F.silu(_norm(hidden, norm), inplace=not torch.is_grad_enabled())
+    return _norm(hidden, norm, silu=True)
 
 
 def _frames(hidden: Tensor) -> Tensor:

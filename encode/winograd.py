@@ -1,17 +1,22 @@
-"""Winograd convolution for the causal 3x3x3 layers, on a CPU in float32: four times fewer multiplications in the plane.
+"""Winograd convolution for the causal 3x3x3 layers on a CPU: six times fewer multiplications, in float32.
 
-F(4x4, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308). Every frame is
-transformed once; the temporal taps are added up in the transformed domain, so a frame costs one forward and one
-backward transform whatever the number of taps. The same algebra as the layer, other rounding: a whole encode differs
-by less than 5e-5 relative. In half precision the transforms would lose digits, so it is for float32 only.
+F(4x4, 3x3) in the plane and F(2, 3) in time, of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks"
+(arXiv 1509.09308). Every frame is transformed once; two frames of output share four products. The same algebra as the
+layer, other rounding: a whole encode differs by less than 5e-5 relative. Layers in half precision are computed in
+float32 from their own weights, so they come nearer to the float32 answer than the layer itself.
 
-Cost: transformed weights are four times the layer's and are kept for the life of the model.
+The norm and SiLU in front of a layer are applied block by block while its pixels are in the cache, so their result is
+never stored. Cost: transformed weights, 144 float32 values for 27 of the layer's, kept for the life of the model; a
+layer whose transformed weights would take more than a quarter of free memory is left as it is.
 
 Names: T H W frames and sides, C channels, P tiles of 4x4 pixels; 36 values stand for the 6x6 inputs of a tile.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,75 +30,194 @@ _WEIGHT = torch.tensor([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6,
                         [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]], dtype=torch.float64)  # fmt: skip
 _OUTPUT = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0],
                         [0, 1, -1, 8, -8, 1]], dtype=torch.float64)  # fmt: skip
+_TIME_WEIGHT = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 INPUT_36_36 = torch.kron(_INPUT, _INPUT).float()
 OUTPUT_16_36 = torch.kron(_OUTPUT, _OUTPUT).float()
-SLAB_BYTES = 6 * 2**20  # transformed values at once: they stay in the cache between transform and product
-FEWEST_CHANNELS, FEWEST_PIXELS = 48, 64  # below, the transforms cost more than they save
+CONSTANT = 7  # the one of 36 values that adds the same to all 16 outputs of a tile: a bias goes there
+FEWEST_PIXELS = 64  # below, the transforms cost more than they save
+EPSILON = 1e-12  # of F.normalize
+SHARE_OF_FREE = 0.25
+TILES_PER_CHANNEL = 3  # of all frames together, in a block; about this many values per frequency and channel
 
 _transformed: "WeakKeyDictionary[nn.Module, tuple[int, list[Tensor]]]" = WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class Block:
+    """Rows and columns of tiles, and the pixels that they need: one more on each side, as far as there are any."""
+
+    rows: slice
+    columns: slice
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def pixels(self) -> tuple[slice, slice]:
+        """Of the frame."""
+        top, left = max(4 * self.rows.start - 1, 0), max(4 * self.columns.start - 1, 0)
+        bottom, right = min(4 * self.rows.stop + 1, self.height), min(4 * self.columns.stop + 1, self.width)
+        return slice(top, bottom), slice(left, right)
+
+    @property
+    def inner(self) -> tuple[slice, slice]:
+        """The same pixels within the block's own square, which has zeros where the frame has no pixels."""
+        (top, left), (down, across) = (4 * self.rows.start - 1, 4 * self.columns.start - 1), self.pixels
+        return slice(down.start - top, down.stop - top), slice(across.start - left, across.stop - left)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Frames of one clip and how to prepare them: divided by their norm over channels, times a gain, SiLU; or as is."""
+
+    frames_THWC: Tensor
+    gain_C: Tensor | None
+    norm_THW1: Tensor | None
+
+    def write(self, block: Block, out_THWC: Tensor) -> None:
+        """Prepare a block's pixels in float32."""
+        down, across = block.pixels
+        pixels_THWC = self.frames_THWC[:, down, across]
+        if self.gain_C is None or self.norm_THW1 is None:
+            out_THWC.copy_(pixels_THWC)
+            return
+        torch.div(pixels_THWC, self.norm_THW1[:, down, across], out=out_THWC)
+        F.silu(out_THWC.mul_(self.gain_C), inplace=True)
+
+
+def fewest_channels(dtype: torch.dtype) -> int:
+    """From how many channels on this is faster than the layer itself, by what the processor can do.
+
+    AVX512-BF16 multiplies bfloat16 twice as fast as float32 (measured: even at 96 channels, 1.5x behind at 384), AMX
+    eight times or more; without either, bfloat16 is slower than float32.
+    """
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return 2**31
+    return 192 if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else 48
+
+
 def fits(hidden_BCTHW: Tensor, conv: Layer) -> bool:
-    """Whether this layer is faster this way: float32 on a CPU, 3x3 in the plane, wide and large enough."""
+    """Whether this layer gains: on a CPU, without gradients, 3x3 in the plane, wide, large, its weights affordable."""
     channels, _, height, width = hidden_BCTHW.shape[1:]
-    plain = hidden_BCTHW.dtype == torch.float32 and hidden_BCTHW.device.type == "cpu" and not torch.is_grad_enabled()
-    square = tuple(conv.weight.shape[-2:]) == (3, 3)
-    return plain and square and channels >= FEWEST_CHANNELS and height * width >= FEWEST_PIXELS
+    plain = hidden_BCTHW.dtype != torch.float64 and hidden_BCTHW.device.type == "cpu" and not torch.is_grad_enabled()
+    square = tuple(conv.weight.shape[-2:]) == (3, 3) and conv.stride[-1] == 1
+    large = channels >= fewest_channels(hidden_BCTHW.dtype) and height * width >= FEWEST_PIXELS
+    return plain and square and large and bool(transformed_weight(conv))
 
 
-def causal_conv(hidden_BCTHW: Tensor, past_BCTHW: Tensor | None, conv: Layer) -> Tensor:
-    """The layer with zeros around each frame; before the frames come those of `past`, or zeros."""
-    history = 0 if past_BCTHW is None else past_BCTHW.shape[2]
-    if past_BCTHW is not None:
-        hidden_BCTHW = torch.cat([past_BCTHW, hidden_BCTHW], 2)
-    taps = transformed_weight(conv)
-    clips = [convolve(clip_CTHW.permute(1, 2, 3, 0).contiguous(), taps, history) for clip_CTHW in hidden_BCTHW]
-    out_BTHWC = torch.stack(clips)
-    return (out_BTHWC if conv.bias is None else out_BTHWC.add_(conv.bias)).permute(0, 4, 1, 2, 3)
+def causal_conv(hidden_BCTHW: Tensor, past_BCTHW: Tensor | None, conv: Layer, gain_C: Tensor | None = None) -> Tensor:
+    """The layer with zeros around each frame; before the frames come the two of `past`, or zeros.
+
+    With a gain the layer sees SiLU(gain * x / |x|), the norm over channels.
+    """
+    batch, _, frames, height, width = hidden_BCTHW.shape
+    sides = 4 * -(-height // 4), 4 * -(-width // 4)
+    out_BTHWC = hidden_BCTHW.new_empty(batch, frames, *sides, conv.weight.shape[0])
+    for clip in range(batch):
+        given = [hidden_BCTHW] if past_BCTHW is None else [past_BCTHW, hidden_BCTHW]
+        sources = [_source(frames_BCTHW[clip].permute(1, 2, 3, 0), gain_C) for frames_BCTHW in given]
+        for block in _blocks(hidden_BCTHW, conv):
+            _convolve(sources, block, conv, out_BTHWC[clip])
+    return out_BTHWC[:, :, :height, :width].permute(0, 4, 1, 2, 3)
 
 
 def transformed_weight(conv: Layer) -> list[Tensor]:
-    """Per temporal tap, oldest first, the (36, C_in, C_out) weights of a layer; made once."""
+    """(36, C_in, C_out) weights of a layer, made once: 4 for three temporal taps, 1 for one, none if out of memory."""
     known = _transformed.get(conv)
     if known is None or known[0] != conv.weight._version:
-        weight_OIKHW = conv.weight.detach().double()
-        if weight_OIKHW.ndim == 4:
-            weight_OIKHW = weight_OIKHW.unsqueeze(2)
-        taps = torch.einsum("ah,bw,oikhw->kabio", _WEIGHT, _WEIGHT, weight_OIKHW).flatten(1, 2).float()
-        known = _transformed[conv] = (conv.weight._version, [tap.contiguous() for tap in taps])
+        known = _transformed[conv] = (conv.weight._version, _transform(conv.weight.detach()))
     return known[1]
 
 
-def convolve(frames_THWC: Tensor, taps: list[Tensor], history: int) -> Tensor:
-    """One clip, without bias; the first `history` frames only feed later ones. Returns (T - history, H, W, C_out)."""
-    frames, height, width, channels = frames_THWC.shape
-    rows, columns, out_channels = -(-height // 4), -(-width // 4), taps[0].shape[2]
-    padded_THWC = F.pad(frames_THWC, (0, 0, 1, 4 * columns + 1 - width, 1, 4 * rows + 1 - height))
-    out_THWC = frames_THWC.new_empty(frames - history, 4 * rows, 4 * columns, out_channels)
-    tiles = out_THWC.view(frames - history, rows, 4, columns, 4, out_channels)
-    step = SLAB_BYTES // (36 * frames * columns * max(channels, out_channels) * frames_THWC.element_size())
-    step = max(1, min(rows, step))
-    for row in range(0, rows, step):
-        slab_THWC = padded_THWC[:, 4 * row : 4 * min(row + step, rows) + 2]
-        tiles[:, row : row + step] = _slab(slab_THWC, taps, history, columns)
-    return out_THWC[:, :height, :width]
+def _transform(weight: Tensor) -> list[Tensor]:
+    weight_OIKHW = weight if weight.ndim == 5 else weight.unsqueeze(2)
+    out_channels, channels, taps = weight_OIKHW.shape[:3]
+    time = _TIME_WEIGHT if taps == 3 else torch.ones(1, 1, dtype=torch.float64)
+    if 36 * len(time) * out_channels * channels * 4 > SHARE_OF_FREE * psutil.virtual_memory().available:
+        return []
+    plane_36_9 = torch.kron(_WEIGHT, _WEIGHT)
+    weight_KHWIO = weight_OIKHW.permute(2, 3, 4, 1, 0).reshape(taps, 9, -1)
+    rows = [(time_K.view(-1, 1, 1) * weight_KHWIO).sum(0, dtype=torch.float64) for time_K in time]
+    return [(plane_36_9 @ row).float().view(36, channels, out_channels) for row in rows]
 
 
-def _slab(padded_THWC: Tensor, taps: list[Tensor], history: int, columns: int) -> Tensor:
-    """Some rows of tiles: (T, rows, 4, columns, 4, C_out)."""
-    frames, height, _, channels = padded_THWC.shape
-    rows, wanted, out_channels = height // 4, frames - history, taps[0].shape[2]
-    stride_T, stride_H, stride_W, _ = padded_THWC.stride()
-    windows = padded_THWC.as_strided((6, 6, frames, rows, columns, channels),
-                                     (stride_H, stride_W, stride_T, 4 * stride_H, 4 * stride_W, 1),
-                                     padded_THWC.storage_offset())  # fmt: skip
-    input_36TPC = (INPUT_36_36 @ windows.reshape(36, -1)).view(36, frames, rows * columns, channels)
-    sum_36TPC = torch.bmm(input_36TPC[:, history:].flatten(1, 2), taps[-1]).view(36, wanted, -1, out_channels)
-    for lag in range(1, len(taps)):
-        first = max(history - lag, 0)
-        count = frames - lag - first  # source frames first .. first + count feed the last `count` outputs
-        if count > 0:
-            source = input_36TPC[:, first : first + count].flatten(1, 2)
-            sum_36TPC[:, wanted - count :].flatten(1, 2).baddbmm_(source, taps[-1 - lag])
-    out: Tensor = (OUTPUT_16_36 @ sum_36TPC.reshape(36, -1)).view(4, 4, wanted, rows, columns, out_channels)
-    return out.permute(2, 3, 0, 4, 1, 5)
+def _source(frames_THWC: Tensor, gain_C: Tensor | None) -> Source:
+    if gain_C is None:
+        return Source(frames_THWC, None, None)
+    norms = [torch.linalg.vector_norm(frame.float(), dim=-1, keepdim=True) for frame in frames_THWC]
+    return Source(frames_THWC, gain_C, torch.stack(norms).clamp_min_(EPSILON))
+
+
+def _blocks(hidden_BCTHW: Tensor, conv: Layer) -> Iterator[Block]:
+    """Blocks that are about square, of as many values per frequency as there are channels: weights and values are
+    then read from memory about as often, and what a block needs stays in the cache."""
+    channels, frames, height, width = hidden_BCTHW.shape[1:]
+    rows, columns = -(-height // 4), -(-width // 4)
+    tiles = (
+        max(16, int(TILES_PER_CHANNEL * max(channels, conv.weight.shape[0])) // (frames + 1)) * torch.get_num_threads()
+    )
+    down = min(rows, max(1, round(tiles**0.5)))
+    across = min(columns, max(1, tiles // down))
+    down = min(rows, max(1, tiles // across))
+    for row in range(0, rows, down):
+        for column in range(0, columns, across):
+            yield Block(slice(row, min(row + down, rows)), slice(column, min(column + across, columns)), height, width)
+
+
+def _convolve(sources: list[Source], block: Block, conv: Layer, out_THWC: Tensor) -> None:
+    """Write the layer's output for one block of tiles."""
+    taps = transformed_weight(conv)
+    values_36TPC = _values(sources, block, blank=len(taps) > 1 and len(sources) == 1)
+    rows, columns = block.shape
+    frames, height, width, channels = out_THWC.shape
+    tiles = out_THWC.view(frames, height // 4, 4, width // 4, 4, channels)[:, block.rows, :, block.columns]
+    for wanted, sum_36NC in _products(values_36TPC, taps, lead=len(sources) == 1):
+        if conv.bias is not None:
+            sum_36NC[CONSTANT].add_(conv.bias)
+        out_16N = OUTPUT_16_36 @ sum_36NC.view(36, -1)
+        tiles[wanted].copy_(out_16N.view(4, 4, -1, rows, columns, channels).permute(2, 3, 0, 4, 1, 5))
+
+
+def _values(sources: list[Source], block: Block, blank: bool) -> Tensor:
+    """Transformed inputs (36, T, P, C) of all frames of the sources, after a frame of zeros if `blank`."""
+    counts = [len(source.frames_THWC) for source in sources]
+    (rows, columns), channels = block.shape, sources[0].frames_THWC.shape[3]
+    square_THWC = torch.zeros(sum(counts), 4 * rows + 2, 4 * columns + 2, channels)
+    for source, frames_THWC in zip(sources, torch.split(square_THWC[:, *block.inner], counts), strict=True):
+        source.write(block, frames_THWC)
+    stride_T, stride_H, stride_W, _ = square_THWC.stride()
+    windows = square_THWC.as_strided((6, 6, sum(counts), rows, columns, channels),
+                                     (stride_H, stride_W, stride_T, 4 * stride_H, 4 * stride_W, 1))  # fmt: skip
+    values_36TPC = torch.empty(36, blank + sum(counts), rows * columns, channels)
+    values_36TPC[:, :blank] = 0.0
+    torch.mm(INPUT_36_36, windows.reshape(36, -1), out=values_36TPC[:, blank:].flatten(1))
+    return values_36TPC
+
+
+def _products(values_36TPC: Tensor, taps: list[Tensor], lead: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which frames of the output, and their sums (36, frames * P, C_out).
+
+    The values start with the two frames before the output's first; if `lead`, with one of zeros before its second.
+    """
+    if len(taps) == 1:
+        yield slice(None), torch.bmm(values_36TPC.flatten(1, 2), taps[0])
+        return
+    if lead:
+        yield slice(0, 1), torch.bmm(values_36TPC[:, 1], taps[3])
+    pairs, full = (values_36TPC.shape[1] - 1) // 2, values_36TPC.shape[1] // 2 - 1  # a last pair may lack its second
+    if pairs == 0:
+        return
+    even, odd = values_36TPC[:, ::2], values_36TPC[:, 1::2]
+    zeroth, first, second, third = even[:, :-1], odd[:, :pairs], even[:, 1:], odd[:, 1:]
+    plus = torch.bmm((first + second).flatten(1, 2), taps[1])
+    minus = torch.bmm((second - first).flatten(1, 2), taps[2])
+    size = full * values_36TPC.shape[2]
+    later = plus[:, :size] - minus[:, :size]
+    plus.add_(minus).baddbmm_((zeroth - second).flatten(1, 2), taps[0])
+    yield slice(int(lead), None, 2), plus
+    if full:
+        yield slice(int(lead) + 1, None, 2), later.baddbmm_((third - first[:, :full]).flatten(1, 2), taps[3])

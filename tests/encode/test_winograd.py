@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from encode.vae import decode, encode_mode
-from encode.winograd import causal_conv, fits, transformed_weight
+from encode.winograd import _TIME_WEIGHT, CONSTANT, OUTPUT_16_36, causal_conv, fits, transformed_weight
 
 LIMIT = 2e-5  # relative, of one layer in float32
 WIDE_21: dict[str, Any] = {"base_dim": 48, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
@@ -44,12 +44,60 @@ def test_it_equals_the_direct_convolution(size: tuple[int, int, int], taps: int,
     assert ((ours - expected).norm() / expected.norm()).item() < LIMIT
 
 
-def test_slabs_of_any_height_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    conv, hidden = random_layer(3), torch.randn(1, 48, 3, 40, 16)
+def test_blocks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, hidden = random_layer(3), torch.randn(1, 48, 3, 40, 36)
     with torch.no_grad():
+        monkeypatch.setattr("encode.winograd.TILES_PER_CHANNEL", 1000)
         whole = causal_conv(hidden, None, conv)
-        monkeypatch.setattr("encode.winograd.SLAB_BYTES", 1)
-        torch.testing.assert_close(causal_conv(hidden, None, conv), whole, rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr("encode.winograd.TILES_PER_CHANNEL", 0)
+        torch.testing.assert_close(causal_conv(hidden, None, conv), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (4, 13, 18), (5, 40, 36)], ids=str)
+@pytest.mark.parametrize("history", [False, True])
+def test_norm_and_silu_on_the_way_are_those_in_front(size: tuple[int, int, int], history: bool) -> None:
+    conv, gain = random_layer(3), torch.rand(48) + 0.5
+    hidden, past = torch.randn(2, 48, *size), torch.randn(2, 48, 2, *size[1:]) if history else None
+
+    def ahead(frames: Tensor) -> Tensor:
+        return F.silu(F.normalize(frames.double(), dim=1) * gain.double().view(-1, 1, 1, 1))
+
+    with torch.no_grad():
+        ours = causal_conv(hidden, past, conv, gain)
+        expected = direct(ahead(hidden), None if past is None else ahead(past), conv)
+    assert ((ours - expected).norm() / expected.norm()).item() < LIMIT
+
+
+@torch.no_grad()
+def test_two_frames_share_four_products_in_time() -> None:
+    generator = torch.manual_seed(0)
+    taps, frames = torch.randn(3, generator=generator), torch.randn(4, generator=generator)
+    direct_pair = torch.stack([taps @ frames[:3], taps @ frames[1:]])
+    seen = torch.stack([frames[0] - frames[2], frames[1] + frames[2], frames[2] - frames[1], frames[3] - frames[1]])
+    first, plus, minus, last = (_TIME_WEIGHT.float() @ taps) * seen
+    torch.testing.assert_close(torch.stack([first + plus + minus, plus - minus + last]), direct_pair)
+
+
+def test_a_constant_is_one_of_the_36_values() -> None:
+    row = torch.zeros(36)
+    row[CONSTANT] = 1.0
+    torch.testing.assert_close(OUTPUT_16_36 @ row, torch.ones(16))
+
+
+@torch.no_grad()
+def test_half_precision_layers_are_computed_in_float32() -> None:
+    conv, hidden = random_layer(3).bfloat16(), torch.randn(1, 48, 3, 16, 16).bfloat16()
+    expected = direct(hidden, None, conv)
+    ours, stock = causal_conv(hidden, None, conv), F.conv3d(F.pad(hidden, (0, 0, 0, 0, 2, 0)), conv.weight, conv.bias,
+                                                            padding=(0, 1, 1))  # fmt: skip
+    assert ours.dtype == torch.bfloat16
+    assert (ours - expected).norm() <= 1.01 * (stock - expected).norm()
+
+
+def test_weights_that_would_fill_memory_are_not_transformed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("encode.winograd.SHARE_OF_FREE", 0.0)
+    with torch.no_grad():
+        assert not fits(torch.zeros(1, 48, 2, 8, 8), random_layer(3))
 
 
 def test_changed_weights_are_transformed_again() -> None:
@@ -63,14 +111,22 @@ def test_changed_weights_are_transformed_again() -> None:
     torch.testing.assert_close(after - bias, 2 * (before - bias), rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_for_wide_float32_layers_without_gradients() -> None:
-    conv, hidden = random_layer(3), torch.zeros(1, 48, 2, 8, 8)
+@pytest.mark.parametrize(
+    ("bf16", "amx", "fewest"), [(False, False, 48), (True, False, 192), (True, True, 2**31)], ids=str
+)
+def test_it_is_for_wide_layers_that_the_processor_does_not_multiply_faster(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool, fewest: int
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     with torch.no_grad():
-        assert fits(hidden, conv)
-        assert not fits(hidden.bfloat16(), conv)
-        assert not fits(hidden[..., :4], conv)
-        assert not fits(torch.zeros(1, 12, 2, 64, 64), random_layer(3, 12))
-    assert not fits(hidden, conv)
+        for dtype, least in ((torch.float32, 48), (torch.bfloat16, fewest)):
+            for channels in (12, 48, 192):
+                conv, hidden = random_layer(3, channels).to(dtype), torch.zeros(1, channels, 2, 8, 8, dtype=dtype)
+                assert fits(hidden, conv) == (channels >= least)
+        assert not fits(torch.zeros(1, 48, 2, 8, 4), random_layer(3))
+        assert not fits(torch.zeros(1, 48, 2, 8, 8, dtype=torch.float64), random_layer(3).double())
+    assert not fits(torch.zeros(1, 48, 2, 8, 8), random_layer(3))  # gradients
 
 
 @torch.no_grad()
@@ -79,7 +135,7 @@ def test_it_is_for_wide_float32_layers_without_gradients() -> None:
 def test_a_whole_encode_and_decode_stay_near_stock(config: dict[str, Any], chunk: int | None) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**config).eval()
-    video_BCTHW = torch.rand(1, 3, 9, 64, 96) * 2 - 1
+    video_BCTHW = torch.rand(1, 3, 5, 64, 64) * 2 - 1
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     stock = (vae.encode(video_BCTHW).latent_dist.mode() - mean) / std
     ours = encode_mode(vae, video_BCTHW, chunk, "winograd")
