@@ -13,8 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from ingest.discover import Found
+from ingest.frames import frames_at
 from ingest.ledger import Ledger
-from ingest.probe import OPEN_OPTIONS, Facts
+from ingest.picture import load_picture
+from ingest.probe import Facts, Unusable
 from shared.config import CaptionConfig
 from shared.errors import DatasetError, ModelError
 from shared.files import atomic_write
@@ -143,24 +145,16 @@ def load_captioner(name: str) -> tuple[Any, Any]:
 
 def shown_frames(asked: Asked, count: int) -> list[Any]:
     """`count` frames, evenly spaced over the source and upright, as small PIL pictures; none when it is damaged."""
-    import av
-    from PIL import Image, ImageOps
-
     facts = asked.facts
-    frames: list[Any] = []
     if facts.end <= facts.start:
-        with Image.open(asked.file) as image:
-            frames = [ImageOps.exif_transpose(image).convert("RGB")]
-    else:
         try:
-            with av.open(f"file:{asked.file.absolute()}", options=OPEN_OPTIONS, metadata_errors="ignore") as container:
-                for part in range(count):
-                    time = facts.start + (facts.end - facts.start) * (part + 0.5) / count
-                    container.seek(int(time * av.time_base) + (container.start_time or 0))
-                    frame: Any = next(container.decode(container.streams[facts.stream]))
-                    frames.append(frame.to_image().rotate(facts.rotation, expand=True))
-        except (av.error.FFmpegError, StopIteration):
+            frames = [load_picture(asked.file)]
+        except Unusable:
             return []  # its transcode says what is wrong with it
+    else:
+        times = [facts.start + (facts.end - facts.start) * (part + 0.5) / count for part in range(count)]
+        shown = frames_at(asked.file, facts, times)
+        frames = [frame.to_image().rotate(facts.rotation, expand=True) for frame in shown]
     for picture in frames:
         picture.thumbnail((FRAME_SIDE, FRAME_SIDE))
     return frames

@@ -5,19 +5,18 @@ The energy is that of M. Rubinstein, A. Shamir, S. Avidan, "Improved Seam Carvin
 as it is decoded, without a scaler, so that every machine finds the same.
 """
 
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ingest.crop import Focus, strips_of
 from ingest.cut import Window
+from ingest.frames import frames_at
 from ingest.ledger import Learned, Outcome
+from ingest.picture import load_picture
 from ingest.plan import focus_name
-from ingest.probe import MICRO, OPEN_OPTIONS, Facts, Unlucky
+from ingest.probe import Facts, Unlucky, Unusable
 from ingest.runner import Runner, Stopped, time_limit
 from shared.files import write_json
 
@@ -80,57 +79,28 @@ def focus_of(frames: "list[Luma]") -> Focus:
 def still(job: FocusJob) -> "list[list[Luma]]":
     """The picture; a damaged one is its transcode's matter."""
     import numpy as np
-    from PIL import Image, ImageOps
 
     try:
-        with Image.open(job.path) as image:
-            return [[reduced(np.asarray(ImageOps.exif_transpose(image).convert("L"), dtype=np.int32))]]
-    except (OSError, ValueError, SyntaxError):
+        return [[reduced(np.asarray(load_picture(job.path).convert("L"), dtype=np.int32))]]
+    except Unusable:
         return [[]]
 
 
 def moving(job: FocusJob, runner: Runner) -> "list[list[Luma]]":
     """FRAMES frames of each window, evenly spaced, upright, in one pass; fewer where the source is damaged."""
-    import av
-
     wanted = sorted(
         (window.start + window.duration * (2 * part + 1) / (2 * FRAMES), place)
         for place, window in enumerate(job.windows)
         for part in range(FRAMES)
     )
-    seen: list[list[Luma]] = [[] for _ in job.windows]
-    try:
-        with av.open(f"file:{job.path.absolute()}", options=OPEN_OPTIONS, metadata_errors="ignore") as container:
-            for place, frame in shown(container, job, wanted, runner):
-                if not seen[place] or seen[place][0].shape == frame.shape:
-                    seen[place].append(frame)
-    except av.error.FFmpegError:
-        pass  # its transcode says what is wrong with it
-    return seen
-
-
-def shown(
-    container: Any, job: FocusJob, wanted: list[tuple[float, int]], runner: Runner
-) -> "Iterator[tuple[int, Luma]]":
-    """(window, frame) for each wanted time, in order; what lies between is decoded unless a seek saves it."""
-    stream = container.streams[job.facts.stream]
-    origin = Fraction(container.start_time or 0, MICRO)
     give_up = time.monotonic() + time_limit(job.facts, wanted[-1][0] - wanted[0][0])
-    frames, now, current = container.decode(stream), job.facts.start, None
-    for moment, place in wanted:
-        keyframe = max((at for at in job.facts.keyframes if at <= moment), default=now)
-        if keyframe > now:
-            container.seek(math.ceil((keyframe + float(origin)) * MICRO) + 1)  # times are known to a microsecond
-            frames, current = container.decode(stream), None
-        while current is None or now < moment:
-            check(runner, give_up)
-            following = next(frames, None)
-            if following is None:
-                break
-            now = now if following.pts is None else float(following.pts * stream.time_base - origin)
-            current = following
-        if current is not None:
-            yield place, upright(current, job.facts)
+    seen: list[list[Luma]] = [[] for _ in job.windows]
+    frames = frames_at(job.path, job.facts, [moment for moment, _ in wanted], lambda: check(runner, give_up))
+    for (_, place), frame in zip(wanted, frames, strict=False):
+        picture = upright(frame, job.facts)
+        if not seen[place] or seen[place][0].shape == picture.shape:
+            seen[place].append(picture)
+    return seen
 
 
 def check(runner: Runner, give_up: float) -> None:

@@ -18,7 +18,7 @@ from shared.errors import ConfigError
 from shared.geometry import Geometry
 from shared.keys import fingerprint
 
-INGEST_VERSION = 1  # part of every key; raise it when the same input would give other pixels
+INGEST_VERSION = 2  # part of every key; raise it when the same input would give other pixels
 Extension = Literal["mp4", "png", "mkv"]
 
 

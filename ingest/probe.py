@@ -25,6 +25,7 @@ TRANSFERS = {1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240
              14: "bt2020-10", 15: "bt2020-12", 16: "smpte2084", 18: "arib-std-b67"}  # fmt: skip
 PRIMARIES = {1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 9: "bt2020", 12: "smpte432"}
 FULL_RANGE = 2
+DOLBY_VISION = ("dvh1", "dvhe", "dva1", "dvav", "dav1")  # with a base picture they are tagged as that
 EXIF_ORIENTATION = 0x0112
 
 
@@ -165,6 +166,8 @@ def facts_of(stream: Any, frame: Any, times: Times) -> Facts:
         width, height, aspect = height, width, 1 / aspect
     seconds = (times.end - times.start) / MICRO
     name = frame.format.name
+    if stream.codec_context.codec_tag in DOLBY_VISION:
+        raise Unusable("Dolby Vision without a picture for other players (profile 5); convert it to HDR10 or SDR first")
     return Facts(
         codec=stream.codec_context.name,
         pixel_format=name,
@@ -196,6 +199,8 @@ def probe_image(path: Path) -> Facts:
         with Image.open(path) as image:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
+            if image.format in ("WEBP", "PNG") and getattr(image, "is_animated", False):
+                raise Unusable(f"a moving picture in a {image.format}; make an MP4 or GIF of it")
             return Facts(codec=str(image.format), pixel_format=image.mode, width=width, height=height)
     except UnidentifiedImageError:
         raise Unusable("not a picture of a known kind, or damaged") from None

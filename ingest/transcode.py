@@ -14,6 +14,7 @@ from ingest import colour
 from ingest.gates import GREY_SIDE, Measures, measure
 from ingest.ledger import Learned, Outcome
 from ingest.letterbox import bars_of, detector
+from ingest.picture import load_picture
 from ingest.plan import Box, Sample
 from ingest.probe import Facts, Unlucky, Unusable
 from ingest.runner import Runner, Stopped, compiled, source_input, time_limit
@@ -232,19 +233,11 @@ def grey_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def picture(job: Job, folder: Path) -> dict[str, Measures]:
-    """Make the PNGs of a still picture: EXIF rotation applied, transparency over black, Lanczos; and measure them."""
+    """Make the PNGs of a still picture, with Lanczos; and measure them."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    measures = {}
-    try:
-        with Image.open(job.path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise Unusable(f"damaged: {error}") from None
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    measures, image = {}, load_picture(job.path)
     for sample in job.samples:
         left, top = sample.crop
         whole = image.resize(sample.scaled, Image.Resampling.LANCZOS)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ingest.probe import Unlucky
 from ingest.runner import Runner
@@ -85,6 +86,11 @@ def looping_link(path: Path) -> None:
     path.symlink_to(path)
 
 
+def moving_webp(path: Path) -> None:
+    first, *rest = (Image.fromarray(frame) for frame in moving_square(3))
+    first.save(path, save_all=True, append_images=rest)
+
+
 # name -> (how it is made, what becomes of it: "kept" or a pattern of the reason)
 CORPUS: dict[str, tuple[Make, str]] = {
     "zero.mp4": (lambda path: path.touch(), "empty file"),
@@ -114,6 +120,8 @@ CORPUS: dict[str, tuple[Make, str]] = {
     "hevc.mov": (transformed("-c:v", "libx265", "-x265-params", "log-level=none"), "kept"),
     "link.mp4": (looping_link, "cannot be read: Too many levels of symbolic links"),
     "pipe.mp4": (os.mkfifo, "not a file but a pipe"),
+    "moves.webp": (moving_webp, "a moving picture in a WEBP; make an MP4 or GIF of it"),
+    "dolby.mp4": (transformed("-c:v", "libx265", "-x265-params", "log-level=none", "-tag:v", "dvh1"), "Dolby Vision"),
     "broken.png": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "not a picture|damaged"),
     "playlist.mp4": (
         lambda path: path.write_text("#EXTM3U\n#EXTINF:1,\nodd.mp4\n"),
@@ -325,6 +333,7 @@ def test_an_unreadable_file_is_dropped_with_the_reason(tmp_path: Path) -> None:
         command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=without_root_rights
     )
     assert done.returncode == 0, done.stderr
+    assert "dropped 5:" in done.stdout
     dropped = {drop.source: drop.reason for drop in read_index(tmp_path / "work").dropped}
     assert dropped["clip2.mp4"] == "cannot be read: Permission denied"
     assert dropped["clip3.mp4"] == "its caption cannot be read: Permission denied"

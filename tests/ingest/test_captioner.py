@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BlipConfig,
@@ -18,8 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ingest.captioner import Asked, shown_frames
+from ingest.probe import probe, probe_image
 from shared.errors import DatasetError, ModelError
 from tests.ingest.make import make_dataset, moving_square, run_ingest, write_video
+from tests.ingest.test_time import STEP, numbered
 
 SPOKEN = "describe a cat dog red blue board moves on the grass"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<image>", *SPOKEN.split()]
@@ -103,6 +108,23 @@ def test_what_is_missing_is_written_once_and_edits_are_obeyed(
     prompts = {line["source"]: line["prompt"] for line in lines(work)}
     new, old = "describe the grass", "describe the board"
     assert prompts == {"IMG_1.mp4": new, "IMG_2.mp4": old, "IMG_3.mp4": new}
+
+
+def test_the_model_sees_frames_of_the_whole_source(tmp_path: Path) -> None:
+    """Also of one with a single keyframe; frame k is grey 20 + 3 k."""
+    path = write_video(tmp_path / "a_wall.mp4", numbered(64))
+    facts = probe(path)
+    assert len(facts.keyframes) == 1
+    shown = shown_frames(Asked(path, path.name, "sha", facts), 4)
+    assert [round((np.asarray(picture).mean() - 20) / STEP) for picture in shown] == [8, 24, 40, 56]
+
+
+def test_a_damaged_picture_is_not_shown(tmp_path: Path) -> None:
+    picture = tmp_path / "a_wall.png"
+    Image.fromarray(moving_square(1, 1)[0]).save(picture)
+    facts = probe_image(picture)
+    picture.write_bytes(picture.read_bytes()[:300])
+    assert shown_frames(Asked(picture, picture.name, "sha", facts), 4) == []
 
 
 def test_a_name_that_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A red patch keeps its colour through every tag, matrix, range and depth, and in every reader."""
 
+import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
+from PIL import Image, ImageCms
 
 from ingest.__main__ import bundled_ffmpeg
+from ingest.picture import load_picture
 from shared.shards import Index, shard_folder
 from tests.ingest.make import run_ffmpeg, run_ingest
 
@@ -227,3 +230,54 @@ def test_transparency_is_laid_over_black(tmp_path: Path, suffix: str) -> None:
     index = run_ingest(tmp_path / "data", tmp_path / "work", GATES_OFF)
     color = colours(index, tmp_path / "work")[f"half_a_wall.{suffix}"]
     assert np.abs(color - np.array(RED) / 2).max() <= 3
+
+
+def test_pictures_are_shown_in_srgb_with_8_bits(tmp_path: Path) -> None:
+    """16-bit grey keeps its levels; the red of a wide-gamut profile is more than sRGB's of the same numbers."""
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert np.abs(np.asarray(load_picture(tmp_path / "ramp.png"))[0, :, 0] - ramp[0] / 257).max() <= 0.5
+    red = Image.new("RGB", (8, 8), RED)
+    for name, profile in (("wide", wide_profile()), ("srgb", srgb_profile()), ("none", b""), ("broken", b"x" * 200)):
+        red.save(tmp_path / f"{name}.png", icc_profile=profile)
+    found = {name: load_picture(tmp_path / f"{name}.png").getpixel((0, 0)) for name in ("srgb", "none", "broken")}
+    assert set(found.values()) == {RED}
+    clear = red.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png", icc_profile=wide_profile())
+    assert load_picture(tmp_path / "clear.png").getpixel((0, 0)) == (0, 0, 0)
+    wide = np.array(load_picture(tmp_path / "wide.png").getpixel((0, 0)))
+    assert np.abs(wide - wide_red()).max() <= 2, wide
+
+
+# red, green, blue as D50 XYZ: of Display P3, and of sRGB
+P3 = np.array([[0.51512, 0.24120, -0.00105], [0.29198, 0.69225, 0.04189], [0.15710, 0.06657, 0.78407]])
+SRGB = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.71410]])
+
+
+def srgb_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def wide_profile() -> bytes:
+    """The least ICC profile (version 2): Display P3's primaries and a gamma of 2.2."""
+    fixed = lambda values: b"".join(struct.pack(">i", round(value * 65536)) for value in values)  # noqa: E731
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 3) + b"P3\0" + bytes(79)}
+    tags |= {b"cprt": b"text" + bytes(4) + b"none\0", b"wtpt": b"XYZ " + bytes(4) + fixed((0.9642, 1, 0.8249))}
+    for letter, primary in zip(b"rgb", P3, strict=True):
+        tags[bytes([letter]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(primary)
+        tags[bytes([letter]) + b"TRC"] = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256))
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02400000, b"mntr", b"RGB ", b"XYZ ") + bytes(12)
+    head += b"acsp" + bytes(28) + fixed((0.9642, 1, 0.8249))
+    return head + bytes(128 - len(head)) + table + body
+
+
+def wide_red() -> NDArray[np.float64]:
+    """RED of that profile as sRGB, by the matrices."""
+    linear = (np.array(RED) / 255) ** 2.2 @ P3 @ np.linalg.inv(SRGB)
+    linear = np.clip(linear, 0, 1)
+    return 255 * np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
