@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ingest.__main__ import bundled_ffmpeg
 from shared.shards import Index, read_index, shard_folder
 from tests.ingest.make import ROOT, ingest_process, make_dataset, run_ingest
 
@@ -58,7 +59,10 @@ def test_ctrl_c_says_so_and_keeps_what_is_finished(
     finished: tuple[Path, float, tuple[Index, dict[str, bytes]]], tmp_path: Path
 ) -> None:
     data, _, truth = finished
-    command, work = ingest_process(data, tmp_path / "work", SETTINGS), tmp_path / "work"
+    slow = tmp_path / "ffmpeg"  # so that clips are left to do, however busy the machine is
+    slow.write_text(f'#!/bin/sh\nsleep 0.3\nexec "{bundled_ffmpeg()}" "$@"\n')
+    slow.chmod(0o755)
+    command, work = [*ingest_process(data, tmp_path / "work", SETTINGS), "--ffmpeg", str(slow)], tmp_path / "work"
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list((work / "staging").glob("*.mp4")):
         time.sleep(0.005)
