@@ -18,7 +18,7 @@ config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag
 store_flags = --work "$$WORK" $(call flag,STORE,store)
 run_flag = $(call flag,RUN,run)
 
-.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export test soak check fmt bench bench-gpu clean
+.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export workflow publish test soak check fmt bench bench-gpu clean
 
 help: ## this list
 	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
@@ -110,6 +110,12 @@ sample: $(READY) ## RUN=runs/... PROMPT="..." [IMAGE=first frame]: videos from a
 
 export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA: convert a finished run
 	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format) $(call flag,OUT,out)
+
+workflow: $(READY) ## RUN=runs/...: a ComfyUI workflow that loads the result
+	@$(PY) -m train workflow $(run_flag) $(call flag,OUT,out)
+
+publish: $(READY) ## RUN=runs/... REPO=user/name [DRY_RUN=yes]: model card, samples and results to the Hub
+	@$(PY) -m train publish $(run_flag) $(call flag,REPO,repo) $(if $(DRY_RUN),--dry-run) $(if $(PRIVATE),--private)
 
 test: $(DEV) ## the tests, as CI runs them
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not soak and not gpu"

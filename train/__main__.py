@@ -189,5 +189,34 @@ def export(run: Path | None, form: str, out: Path | None) -> None:
         click.echo(f"wrote {path}")
 
 
+@main.command()
+@run_option
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: the run folder]")
+def workflow(run: Path | None, out: Path | None) -> None:
+    """Write a ComfyUI workflow that loads a run's result, and say where each file belongs."""
+    folder = named_run(run)
+    from train.run import open_run
+    from train.workflow import write_workflow
+
+    path, lines = write_workflow(open_run(folder), out)
+    click.echo("\n".join([*lines, f"wrote {path}; open it in ComfyUI"]))
+
+
+@main.command()
+@run_option
+@click.option("--repo", default="", help="user/name on the Hub.")
+@click.option("--private", is_flag=True, help="Only you see the repository.")
+@click.option("--dry-run", is_flag=True, help="Write the folder, upload nothing.")
+def publish(run: Path | None, repo: str, private: bool, dry_run: bool) -> None:
+    """Upload a run's result with a model card: settings, trigger words, samples, validation curve."""
+    folder = named_run(run)
+    if "/" not in repo:
+        raise RunError(f"REPO={repo}: name the repository, as REPO=user/name")
+    from train.publish import publish as publish_run
+    from train.run import open_run
+
+    click.echo(f"{'wrote' if dry_run else 'published'} {publish_run(open_run(folder), repo, dry_run, private)}")
+
+
 if __name__ == "__main__":
     main(prog_name="python -m train")
