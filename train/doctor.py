@@ -15,12 +15,15 @@ import psutil
 import torch
 
 from shared.config import Config
+from shared.errors import RunError
 from shared.models import ModelSpec
-from train.memory import GIB
+from train.memory import GIB, MemoryPlan, plan_for_device, refuse_if_too_large
+from train.model import pick_device
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "zarr")
 FP8_CAPABILITY = (8, 9)  # Ada; older cards store FLOAT_8 all the same and widen it before each product
-RAM_WANTED, DISK_WANTED = 16 * GIB, 50 * GIB  # of the 8gb preset; of a ti2v-5b folder with text encoder, and a store
+DISK_WANTED = 50 * GIB  # of a ti2v-5b folder with text encoder, and a store
+SMALL_STEP = 1e11  # FLOPs of an update that a CPU makes in about a second: tiny's, not those of a real Wan
 VENDOR_TOOLS = {"nvidia-smi": ("cuda", ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]),
                 "rocm-smi": ("rocm", ["rocm-smi", "--showdriverversion", "--csv"])}  # fmt: skip
 
@@ -37,7 +40,9 @@ class Finding(NamedTuple):
 
 def examine(config: Config, spec: ModelSpec, work: Path, ffmpeg: str | None) -> list[Finding]:
     """All findings, in the order in which a beginner meets them."""
-    return [*versions(), *device(config), memory(), pinned(), disk(work), video_tool(ffmpeg), model(spec)]
+    plan = plan_for_device(config, spec, pick_device())
+    return [*versions(), *device(config, spec, plan), fit(config, spec, plan), memory(plan), pinned(),
+            disk(work, spec), video_tool(ffmpeg), model(spec)]  # fmt: skip
 
 
 def versions() -> Iterator[Finding]:
@@ -46,7 +51,7 @@ def versions() -> Iterator[Finding]:
     yield Finding("ok", found)
 
 
-def device(config: Config) -> Iterator[Finding]:
+def device(config: Config, spec: ModelSpec, plan: MemoryPlan) -> Iterator[Finding]:
     """The GPU torch sees, or why it sees none."""
     if torch.cuda.is_available():
         yield from gpu(config)
@@ -61,7 +66,21 @@ def device(config: Config) -> Iterator[Finding]:
                 "error", f"{tool} sees {card}, torch {torch.__version__} does not; run: make setup TORCH={build}"
             )
             return
-    yield Finding("warning", "no GPU: training runs on the CPU, which is for tiny models and demos; PRESET=cpu or demo")
+    cost = f"{plan.step_flops / 1e12:.2g} TFLOP per step"
+    if is_local(spec) and plan.step_flops < SMALL_STEP:
+        yield Finding("ok", f"no GPU: training runs on the CPU, which is enough for {spec.name} ({cost})")
+    else:
+        yield Finding("warning", f"no GPU: training {spec.name} on the CPU is slow ({cost}); MODEL=tiny is for trying "
+                      "things out, make demo a first example")  # fmt: skip
+
+
+def fit(config: Config, spec: ModelSpec, plan: MemoryPlan) -> Finding:
+    """Whether the steps of this config fit the device, or what makes them fit."""
+    try:
+        refuse_if_too_large(plan, config, spec, stream=torch.cuda.is_available())
+    except RunError as error:
+        return Finding("error", str(error))
+    return Finding("ok", f"{spec.name} with this config needs {plan.need / GIB:.1f} GiB to train; make plan shows why")
 
 
 def gpu(config: Config) -> Iterator[Finding]:
@@ -85,12 +104,12 @@ def gpu(config: Config) -> Iterator[Finding]:
         )
 
 
-def memory() -> Finding:
-    """RAM, for loading, streamed blocks and checkpoints."""
+def memory(plan: MemoryPlan) -> Finding:
+    """RAM, for loading, streamed blocks and checkpoints; on a CPU it is the device, too."""
     available, total = psutil.virtual_memory().available, psutil.virtual_memory().total
     line = f"{available / GIB:.1f} of {total / GIB:.1f} GiB of RAM are available"
-    if total < RAM_WANTED:
-        return Finding("warning", f"{line}; the 8gb preset wants 16: see make plan PRESET=8gb for what is needed")
+    if torch.cuda.is_available() and plan.ram > available:
+        return Finding("warning", f"{line}; this config wants {plan.ram / GIB:.1f}: end other programs")
     return Finding("ok", line)
 
 
@@ -108,12 +127,17 @@ def pinned() -> Finding:
     return Finding("ok", "1 GiB of RAM was pinned for copies to the GPU")
 
 
-def disk(work: Path) -> Finding:
+def is_local(spec: ModelSpec) -> bool:
+    """Whether the model is a folder here, so that nothing is downloaded."""
+    return Path(spec.repo).expanduser().is_dir()
+
+
+def disk(work: Path, spec: ModelSpec) -> Finding:
     """Room for store, model and runs."""
     place = next(parent for parent in [work.absolute(), *work.absolute().parents] if parent.is_dir())
     free = shutil.disk_usage(place).free
     line = f"{free / GIB:.0f} GiB are free on the disk of {place}"
-    if free < DISK_WANTED:
+    if free < DISK_WANTED and not is_local(spec):
         return Finding("warning", f"{line}; a ti2v-5b model with its text encoder takes about 35 GB")
     return Finding("ok", line)
 
@@ -138,7 +162,7 @@ def video_tool(ffmpeg: str | None) -> Finding:
 def model(spec: ModelSpec) -> Finding:
     """Whether the model's files are here."""
     folder = Path(spec.repo).expanduser()
-    if folder.is_dir():
+    if is_local(spec):
         missing = [part for _, part in spec.expert_folders if not any((folder / part).glob("*.safetensors"))]
         if missing:
             return Finding("error", f"{folder} has no weights in {', '.join(missing)}/; download the model again")

@@ -246,19 +246,26 @@ def changes(config: Config) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in wishes if value_at(config, key) != value]
 
 
-def ways_to_fit(config: Config, spec: ModelSpec, budget: int) -> list[str]:
-    """The two cheapest changes that fit, each as SET text; or one that adds up changes until it fits."""
+def ways_to_fit(config: Config, spec: ModelSpec, budget: int, stream: bool = True) -> list[str]:
+    """The two cheapest changes that fit, each as SET text; or one that adds up changes until it fits.
+
+    `stream`: whether blocks in RAM are off the device, which is not so on a CPU.
+    """
+
+    def fits(wish: Config) -> bool:
+        return plan_memory(wish, spec, largest_bucket(wish, spec), budget, stream).fits
+
     found: list[str] = []
     together, said = config, list[str]()
     for key, value in changes(config):
         alone = with_setting(config, key, value)
-        if plan_memory(alone, spec, largest_bucket(alone, spec), budget).fits:
+        if fits(alone):
             found.append(f"{key}={value}")
         if len(found) == 2:
             return found
         if not found:
             together, said = with_setting(together, key, value), [*said, f"{key}={value}"]
-            if len(said) > 1 and plan_memory(together, spec, largest_bucket(together, spec), budget).fits:
+            if len(said) > 1 and fits(together):
                 return [" ".join(said)]
     return found
 
@@ -284,11 +291,11 @@ def out_of_memory(plan: MemoryPlan, config: Config, spec: ModelSpec, device: tor
     )
 
 
-def refuse_if_too_large(plan: MemoryPlan, config: Config, spec: ModelSpec) -> None:
+def refuse_if_too_large(plan: MemoryPlan, config: Config, spec: ModelSpec, stream: bool = True) -> None:
     """Raise RunError, before anything is loaded, when the steps do not fit the device."""
     if plan.fits or plan.budget is None:
         return
-    ways = ways_to_fit(config, spec, plan.budget)
+    ways = ways_to_fit(config, spec, plan.budget, stream)
     mend = " or ".join(f'SET="{way}"' for way in ways) if ways else "a smaller model with MODEL="
     raise RunError(f"{spec.name} with this config needs {plan.need / GIB:.1f} GiB, the device has "
                    f"{plan.budget / GIB:.1f} GiB; it fits with {mend} (make plan shows the table)")  # fmt: skip

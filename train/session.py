@@ -56,7 +56,7 @@ def start(run: Run, finished: bool, group: Group = ALONE) -> None:
         print(f"{run.folder} is finished; train on with a larger max_steps, or start anew with RESUME=no")
         return
     memory = plan_for_device(run.config, run.spec, pick_device())
-    refuse_if_too_large(memory, run.config, run.spec)
+    refuse_if_too_large(memory, run.config, run.spec, stream=pick_device().type != "cpu")
     torch.use_deterministic_algorithms(run.config.deterministic)
     remarks = group.agree(lambda: start_folder(run, data.fingerprint))
     done, skipped, more = restore(run, data, group)

@@ -9,6 +9,7 @@ import torch
 from shared.models import SPECS
 from shared.resolve import Choice, resolve
 from train.doctor import disk, examine, model, video_tool
+from train.memory import GIB
 
 
 def test_every_line_is_ok_warning_or_error_and_each_subject_is_there(tmp_path: Path) -> None:
@@ -18,6 +19,21 @@ def test_every_line_is_ok_warning_or_error_and_each_subject_is_there(tmp_path: P
     for subject in (f"torch {torch.__version__}", "RAM", "pinned", "disk", "ffmpeg version", "model ti2v-5b"):
         assert subject in text
     assert ("no GPU" in text) != torch.cuda.is_available()
+
+
+def test_advice_fits_the_model_and_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("train.memory.device_budget", lambda device: 16 * GIB)
+
+    def lines(preset: str) -> list[str]:
+        resolved = resolve(Choice(preset))
+        return [str(finding) for finding in examine(resolved.config, resolved.spec, tmp_path, None)]
+
+    cpu, demo = lines("cpu"), lines("demo")
+    assert any(line.startswith("warning  no GPU: training ti2v-5b") and "MODEL=tiny" in line for line in cpu)
+    assert any(line.startswith("error    ti2v-5b") and 'fits with SET="transformer' in line for line in cpu)
+    assert not any("PRESET=" in line for line in cpu + demo) and not any(line.startswith("error") for line in demo)
+    assert any(line.startswith("ok       no GPU") for line in demo)
 
 
 @pytest.mark.parametrize("program", ["/no/such/ffmpeg", "/bin/true", "/bin/false"])
@@ -37,4 +53,4 @@ def test_a_model_folder_without_weights_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_disk_asked_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
-    assert str(tmp_path) in disk(tmp_path / "a" / "b").text
+    assert str(tmp_path) in disk(tmp_path / "a" / "b", SPECS["ti2v-5b"]).text
