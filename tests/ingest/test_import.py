@@ -321,12 +321,13 @@ def test_two_files_of_one_name_and_one_folder_named_twice(root: Path) -> None:
         ("x.docx", "", ".docx is none of"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_line(root: Path, name: str, content: str, message: str) -> None:
-    (root / name).write_text(content)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / "cats.jsonl").write_text("[]")
+    (tmp_path / name).write_text(content)
     with pytest.raises(DatasetError, match=message) as caught:
-        import_foreign(root / name, root / "out")
+        import_foreign(tmp_path / name, tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert not (root / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_once_and_names_the_next(root: Path) -> None:
