@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ingest.ledger import Learned, Outcome
-from ingest.probe import Facts, Unusable
+from ingest.probe import MICRO, Facts, Unusable
 from ingest.runner import Runner, Stopped, compiled, source_input, time_limit
 from shared.files import PART, write_json
 
@@ -44,7 +44,8 @@ def scene_times(job: SceneJob, runner: Runner) -> tuple[float, ...]:
     with tempfile.TemporaryDirectory(dir=runner.staging, suffix=PART) as name:
         small = source_input(job.path, job.facts).filter("scale", SIDE, -2, flags="fast_bilinear")
         found = small.filter("scdet", threshold=THRESHOLD)
-        marked = found.filter("metadata", mode="print", key="lavfi.scd.time", file="scenes.txt")
+        exact = found.filter("settb", expr=f"1/{MICRO}")  # some ffmpegs print times with six digits in all
+        marked = exact.filter("metadata", mode="print", key="lavfi.scd.time", file="scenes.txt")
         try:
             runner.run(compiled([marked.output("-", format="null")]), Path(name), job.limit)
         except (Unusable, OSError):
@@ -53,4 +54,4 @@ def scene_times(job: SceneJob, runner: Runner) -> tuple[float, ...]:
             raise
         log = Path(name, "scenes.txt")
         text = log.read_text() if log.exists() else ""
-    return tuple(float(time) for time in re.findall(r"lavfi\.scd\.time=([\d.]+)", text))
+    return tuple(int(time) / MICRO for time in re.findall(r" pts:(\d+)", text))
