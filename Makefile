@@ -26,7 +26,11 @@ help: ## this list
 	echo
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 	echo
-	echo "Variables: PRESET CONFIG SET MODEL WORK STORE DATA RUN RESUME FORMAT TO FROM SHA256 PROMPT SHARD FFMPEG TORCH TORCH_INDEX"
+	echo "Variables, as in make train PRESET=8gb; settings are laid over each other in this order:"
+	echo "  settings    PRESET=16gb  CONFIG=my.json  MODEL=t2v-a14b  SET=\"seed=3 batch_size=2\""
+	echo "  places      DATA=videos/  WORK=work  STORE=\$$WORK/latents.zarr  RUN=runs/name  OUT=  TO=  FROM=  REPO=  SHA256="
+	echo "  runs        RESUME=no  PROMPT=\"...\"  IMAGE=first_frame.png  FORMAT=COMFY_LORA|DIFFUSERS_LORA|KOHYA_LORA|..."
+	echo "  machine     TORCH=cpu|cuda|rocm  TORCH_INDEX=URL  PYTHON=python3.12  FFMPEG=path  CARD=GiB  SHARD=1/4  ROWS=names"
 
 setup: $(READY) ## .venv with pinned packages (TORCH=cpu|cuda|rocm or TORCH_INDEX=URL; default: detected)
 

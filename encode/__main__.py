@@ -29,6 +29,7 @@ from shared.store_remote import is_url
 from shared.words import counted
 
 Command = Callable[..., Any]
+SCALE = "above 30 dB is good, below 20 something is wrong; a tiny VAE or fine detail gives less"
 EMPTY = Index(dataset="", ingest_version=0)  # no samples: only texts are made
 
 
@@ -165,6 +166,7 @@ def verify(work: Path, store: Path | None, choice: Choice, count: int) -> None:
 
         vae = load_vae(resolved.spec, torch_dtype(resolved.config.vae.weight_dtype)).to(device())
         compared = list(compare(work, index, reader, decoder_of(vae), count))
+        click.echo(f"decoded and compared with the clips ({SCALE}):")
         for pair in compared:
             click.echo(f"  {pair.psnr:5.1f} dB  {pair.sample.source} at {pair.sample.start:g} s ({pair.sample.bucket})")
         write_report(work / "verify.png", compared)

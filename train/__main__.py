@@ -71,9 +71,14 @@ def train(
     work: Path, store: str | None, folder: Path | None, choice: Choice, resume: Literal["yes", "no"] | None
 ) -> None:
     """Choose the run, open its data, train what is left."""
-    from train.run import choose_run, is_finished, is_run, require_stores
+    from train.contradictions import refuse_contradictions
+    from train.run import check_changes, choose_run, is_finished, is_run, require_stores
 
-    require_stores(choose_run(choice, work, store, folder, resume).stores, work)  # before torch loads
+    run = choose_run(choice, work, store, folder, resume)  # what is wrong here is said before torch loads
+    require_stores(run.stores, work)
+    refuse_contradictions(run.config, run.spec)
+    if is_run(run.folder):
+        check_changes(run)
     from train.group import join, leave
     from train.session import start
 

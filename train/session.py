@@ -14,6 +14,7 @@ from shared.files import write_json
 from shared.resolve import Resolved
 from train import checkpoint, export
 from train.adapter import copy_into
+from train.contradictions import refuse_method_mismatch
 from train.data import ALONE, Plan
 from train.explain import derived, plan_lines
 from train.group import Group
@@ -21,7 +22,7 @@ from train.log import NoLog, RunLog
 from train.loop import train
 from train.memory import measured_peaks, out_of_memory, plan_for_device, refuse_if_too_large
 from train.method import make_trained
-from train.model import TextBank, load_model, pick_device, refuse_method_mismatch, refuse_mismatch
+from train.model import TextBank, load_model, pick_device, refuse_mismatch
 from train.phases import make_phases
 from train.run import Run, open_run, start_folder
 from train.sample import (

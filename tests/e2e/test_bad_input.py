@@ -1,6 +1,8 @@
 """Bad input gets one line that names the thing and the command that mends it, exit code 2, and nothing half-written."""
 
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,31 @@ def test_train_before_encode_names_encode(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["sample", "export"])
 def test_a_command_on_a_run_names_the_variable_it_lacks(command: str) -> None:
     assert "RUN is missing" in refused("train", command)
+
+
+def test_contradictions_are_refused_before_torch_loads(tmp_path: Path) -> None:
+    code = "import sys, train.__main__ as m\ntry: m.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    (tmp_path / "s.zarr").mkdir()
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--store",
+        tmp_path / "s.zarr",
+        "--preset",
+        "demo",
+        "--set",
+        "expert=low_noise",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "False\n", done
+    assert done.stderr == "error: expert=low_noise: tiny has one expert; leave expert at both\n"
+
+
+def test_help_names_every_variable_and_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    variables = [*re.findall(r"^export (.*)$", makefile, re.M)[0].split(), "TORCH", "TORCH_INDEX", "PYTHON"]
+    targets = re.findall(r"^\.PHONY: (.*)$", makefile, re.M)[0].split()
+    assert not [name for name in variables if not re.search(rf"\b{name}\b", told)]
+    assert not [name for name in targets if not re.search(rf"^  {name} ", told, re.M)]

@@ -1,0 +1,55 @@
+"""Settings that contradict the model, the method or each other: refused before torch loads. Errors: ConfigError."""
+
+from shared.config import Config
+from shared.errors import ConfigError
+from shared.models import ModelSpec
+
+
+def refuse_contradictions(config: Config, spec: ModelSpec) -> None:
+    """Settings that contradict the model."""
+    if config.expert != "both" and spec.boundary is None:
+        raise ConfigError(f"expert={config.expert}: {spec.name} has one expert; leave expert at both")
+    if config.expert_share is not None and (spec.boundary is None or config.expert != "both"):
+        raise ConfigError(f"expert_share={config.expert_share}: there is one expert to train; leave it at null")
+    if config.first_frame_conditioning_probability and spec.image_condition != "first_frame":
+        raise ConfigError(
+            f"first_frame_conditioning_probability={config.first_frame_conditioning_probability}: "
+            f"{spec.name} takes no clean first frame; leave it at 0"
+        )
+    if config.text_encoder.train and spec.boundary is not None:
+        raise ConfigError(f"text_encoder.train: the experts of {spec.name} are trained one after the other, and one "
+                          "text encoder cannot follow both; leave it off")  # fmt: skip
+    refuse_method_mismatch(config)
+
+
+def refuse_method_mismatch(config: Config) -> None:
+    """Settings that contradict the training method."""
+    storage, compute = config.transformer.weight_dtype, config.train_dtype
+    form, kind = f"output_model_format={config.output_model_format}", f"peft_type={config.peft_type}"
+    method, text = config.training_method, config.text_encoder
+    whole, lora = method == "FINE_TUNE", method == "LORA"
+    plain = config.peft_type == "LORA"
+    lora_form = config.output_model_format.endswith("_LORA")
+    rounding = config.optimizer.rounding
+    contradictions = {
+        f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}":
+            whole and storage not in (compute, "FLOAT_32"),
+        "prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off":
+            whole and config.prior.prediction,
+        f"{form}: FINE_TUNE gives whole weights; use SAFETENSORS or DIFFUSERS": whole and lora_form,
+        f"{form}: EMBEDDING gives a concept's vectors; use SAFETENSORS":
+            method == "EMBEDDING" and config.output_model_format != "SAFETENSORS",
+        f"text_encoder.train: {method} leaves the text encoder as it is, and needs none in memory for stored text; use "
+        "FINE_TUNE, or leave it off": text.train and not whole,
+        f"text_encoder.weight_dtype={text.weight_dtype}: text_encoder.train updates the weights; use FLOAT_32 or "
+        f"{compute}": text.train and text.weight_dtype not in (compute, "FLOAT_32"),
+        f"{form}: LORA gives an adapter; use COMFY_LORA, DIFFUSERS_LORA or KOHYA_LORA": lora and not lora_form,
+        f"{form} cannot hold {kind}; use COMFY_LORA": lora and not plain and config.output_model_format != "COMFY_LORA",
+        "resume_from_adapter starts plain LoRA training; it needs training_method and peft_type LORA":
+            config.resume_from_adapter is not None and not (lora and plain),
+        f"optimizer.rounding={rounding} is for trained weights in BFLOAT_16; use NEAREST":
+            rounding != "NEAREST" and not (whole and storage == "BFLOAT_16"),
+    }  # fmt: skip
+    for message, contradicts in contradictions.items():
+        if contradicts:
+            raise ConfigError(message)
