@@ -15,6 +15,7 @@ alpha from `lora_adapter_metadata` (huggingface/diffusers `loaders/lora_base.py`
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from shared.files import atomic_write, read_json, write_json
 from shared.models import ModelSpec
 from shared.names import original_name
 from shared.resolve import to_json
+from shared.single_file import CONFIG_KEY
 from shared.tensors import read
 from shared.weights import content_name, model_folder, text_places, torch_dtype, weights_fingerprint
 from train.adapter_file import base_adapters
@@ -36,6 +38,13 @@ from train.run import Run
 from train.text_encoder import PREFIX
 
 COMFY_EMBEDDING = "umt5xxl"
+KOHYA_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+NETWORKS = {  # ss_network_module and ss_network_args of a kind, as kohya-ss and LyCORIS write them
+    "LORA": ("networks.lora", {}),
+    "DORA": ("networks.lora", {"dora_wd": "True"}),
+    "LOHA": ("lycoris.kohya", {"algo": "loha"}),
+    "LOKR": ("lycoris.kohya", {"algo": "lokr"}),
+}
 TOKEN_TABLE = "shared.weight"
 
 
@@ -66,19 +75,21 @@ def diffusers_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def kohya_lora(tensors: Mapping[str, Tensor], config: Config, spec: ModelSpec) -> dict[str, Tensor]:
-    """Keys of KOHYA_LORA. Modules without an adapter get zeros: diffusers' converter wants all ten of a block."""
+    """Keys of KOHYA_LORA, of LyCORIS for its kinds.
+
+    Modules without a plain LoRA get zeros: diffusers' converter wants all ten of a block.
+    """
     named = dict(tensors)
-    for block in range(spec.num_layers):
-        for module, (outputs, inputs) in block_linears(spec).items():
-            name = f"blocks.{block}.{module}"
-            named.setdefault(f"{name}.lora_A.weight", torch.zeros(config.lora_rank, inputs))
-            named.setdefault(f"{name}.lora_B.weight", torch.zeros(outputs, config.lora_rank))
+    if config.peft_type == "LORA":
+        for block in range(spec.num_layers):
+            for module, (outputs, inputs) in block_linears(spec).items():
+                name = f"blocks.{block}.{module}"
+                named.setdefault(f"{name}.lora_A.weight", torch.zeros(config.lora_rank, inputs))
+                named.setdefault(f"{name}.lora_B.weight", torch.zeros(outputs, config.lora_rank))
     result: dict[str, Tensor] = {}
-    for name, value in named.items():
-        module, _, part = name.removesuffix(".weight").rpartition(".")
-        flat = "lora_unet_" + original_name(module).replace(".", "_")
-        result[f"{flat}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
-        result[f"{flat}.alpha"] = torch.tensor(float(config.lora_alpha))
+    for key, value in comfy_lora(named, config).items():
+        module, part = re.fullmatch(r"diffusion_model\.(.*?)\.(lora_[AB]\.weight|\w+)", key).groups()  # type: ignore[union-attr]
+        result[f"lora_unet_{module.replace('.', '_')}.{KOHYA_PARTS.get(part, part)}"] = value
     return result
 
 
@@ -123,11 +134,9 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
         facts |= {"placeholder": concept.placeholder, "initial_text": concept.initial_text, "kind": concept.kind,
                   "token_count": str(concept.token_count)}  # fmt: skip
     if config.training_method == "LORA":
-        facts |= {
-            "ss_network_dim": str(config.lora_rank),
-            "ss_network_alpha": str(config.lora_alpha),
-            "ss_network_module": "networks.lora",
-        }
+        module, arguments = NETWORKS[config.peft_type]
+        facts |= {"ss_network_dim": str(config.lora_rank), "ss_network_alpha": str(config.lora_alpha),
+                  "ss_network_module": module, "ss_network_args": json.dumps(arguments)}  # fmt: skip
     return facts | {
         "format": "pt",
         "ss_base_model_version": f"wan_{spec.name}",
@@ -183,6 +192,10 @@ def write_result(
     if form == "DIFFUSERS_LORA":  # beside alpha keys it would scale twice
         metadata = metadata | {"lora_adapter_metadata": peft_metadata(run.config)}
     plain = formatted(tensors, run.config, run.spec, form)
+    if form == "SAFETENSORS" and run.config.training_method == "FINE_TUNE":  # the shapes do not tell the head size
+        sizes = read_json(config_of(run, expert))
+        plainly = {key: value for key, value in sizes.items() if not key.startswith("_")}
+        metadata = metadata | {CONFIG_KEY: json.dumps(plainly, sort_keys=True)}
     if form != "DIFFUSERS":
         path = folder / (f"{stem}.safetensors" if expert == "single" else f"{stem}_{expert}.safetensors")
         write_file(path, plain, metadata)
@@ -191,14 +204,19 @@ def write_result(
             write_text_encoder(file, run, text, metadata)
         return [path, *beside]
     part = dict(run.spec.expert_folders)[expert]
-    source = model_folder(run.spec, (part,)) / part / "config.json"
-    write_json(folder / stem / part / "config.json", read_json(source))
+    write_json(folder / stem / part / "config.json", read_json(config_of(run, expert)))
     write_file(folder / stem / part / "diffusion_pytorch_model.safetensors", plain, metadata)
     if text:
         source = model_folder(run.spec, ("text_encoder",)) / "text_encoder" / "config.json"
         write_json(folder / stem / "text_encoder" / "config.json", read_json(source))
         write_text_encoder(folder / stem / "text_encoder" / "model.safetensors", run, text, metadata)
     return [folder / stem]
+
+
+def config_of(run: Run, expert: str) -> Path:
+    """The config.json of an expert's DiT."""
+    part = dict(run.spec.expert_folders)[expert]
+    return model_folder(run.spec, (part,)) / part / "config.json"
 
 
 def write_text_encoder(path: Path, run: Run, text: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

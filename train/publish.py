@@ -44,12 +44,18 @@ def write_folder(run: Run, repo: str) -> Path:
             chart(losses, "validation loss (held-out clips, fixed noise)", "step").save(file, "PNG")
     write_json(folder / "config.json", to_json(run.config))
     workflows = []
-    if any(path.suffix == ".safetensors" for path in files) and run.config.training_method != "EMBEDDING":
+    if run.config.output_model_format not in ("DIFFUSERS", "DIFFUSERS_LORA") and not pair_or_output(run):
         workflows = [write_workflow(run, folder)[0].name]
     card = model_card(run, repo, [path.name for path in files], videos, losses, workflows)
     with atomic_write(folder / "README.md") as out:
         out.write(card.encode())
     return folder
+
+
+def pair_or_output(run: Run) -> bool:
+    """Whether it learned embeddings that ComfyUI has no node for."""
+    output = run.config.embedding.kind == "OUTPUT"
+    return run.config.training_method == "EMBEDDING" and (output or run.spec.boundary is not None)
 
 
 def results(run: Run) -> list[Path]:
@@ -60,7 +66,8 @@ def results(run: Run) -> list[Path]:
             return found
         raise RunError(f"{run.folder} has no result yet; let it train to its end, or run: make export RUN={run.folder} "
                        f"FORMAT={run.config.output_model_format}")  # fmt: skip
-    return list(result_files(run).values())
+    beside = [path for path in run.folder.glob(f"{run.name}*_text_encoder.safetensors") if path.is_file()]
+    return [*result_files(run).values(), *beside]
 
 
 def copy_samples(run: Run, folder: Path) -> list[tuple[str, str]]:

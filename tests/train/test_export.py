@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from shared.config import Config
 from shared.errors import RunError
-from shared.models import SPECS, ModelSpec
+from shared.models import SPECS, ModelSpec, model_spec
 from shared.names import original_name
+from shared.weights import load_transformer
 from tests.train.make import config, make_run
 from train.adapter import add_adapter
 from train.adapter_file import adapter_path, start_from
@@ -193,3 +194,48 @@ def test_a_pair_starts_from_its_pair_of_files(single: Made, tmp_path: Path) -> N
     (tmp_path / "x.safetensors").write_bytes(b"no adapter")
     with pytest.raises(RunError, match="resume_from_adapter"):
         start_from(tmp_path / "x.safetensors", {}, pair)
+
+
+def test_a_whole_model_goes_out_and_comes_in_again_bit_for_bit(
+    single: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAFETENSORS carries its config, so that MODEL=file trains on from it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = config(
+        single[0], training_method="FINE_TUNE", output_model_format="SAFETENSORS", output_dtype="FLOAT_32"
+    )
+    model = load_model(single[1], "single", settings, CPU)
+    tensors = {name: part.detach() + 0.1 for name, part in model.transformer.named_parameters()}
+    run = make_run(tmp_path / "run", settings, single[2])
+    (path,) = write_result(tmp_path, "tuned", (run, "single", "SAFETENSORS"), tensors, {"format": "pt"})
+    again = load_transformer(model_spec(str(path)), "single", torch.float32)
+    assert dict(again.config)["attention_head_dim"] == single[1].head_dim
+    assert all(torch.equal(value, tensors[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["COMFY_LORA", "DIFFUSERS_LORA", "KOHYA_LORA"])
+def test_a_round_trip_through_a_format_is_lossless(single: Made, tmp_path: Path, form: Any) -> None:
+    """Exported in float32 and started from with the same rank and alpha: the very same bits, and so in every format."""
+    settings = config(single[0], lora_alpha=8.0, output_model_format=form)
+    _, tensors = trained_model(single, settings)
+    run = make_run(tmp_path / "run", settings, single[2])
+    (path,) = write_result(tmp_path, "a", (run, "single", form), tensors, {"format": "pt"})
+    fresh = add_adapter(load_model(single[1], "single", settings, CPU).transformer, settings, 7)
+    start_from(path, fresh, settings)
+    assert all(torch.equal(part.detach(), tensors[name]) for name, part in fresh.items())
+
+
+@pytest.mark.parametrize("peft_type", ["DORA", "LOHA", "LOKR"])
+def test_kohyas_form_of_the_other_kinds_holds_the_same_tensors(single: Made, peft_type: Any) -> None:
+    """Flat names, lora_down and lora_up; the rest as in ComfyUI's form."""
+    settings = config(single[0], lora_alpha=6.0, peft_type=peft_type)
+    _, tensors = trained_model(single, settings)
+    comfy, kohya = (formatted(tensors, settings, single[1], form) for form in ("COMFY_LORA", "KOHYA_LORA"))
+    assert len(kohya) == len(comfy)
+    for key, value in comfy.items():
+        stem, _, part = key.removeprefix("diffusion_model.").removesuffix(".weight").rpartition(".")
+        part = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}.get(part, part)
+        assert torch.equal(kohya[f"lora_unet_{stem.replace('.', '_')}.{part}"], value)
+    facts = describe(settings, single[1], "single", 1, "data")
+    assert facts["ss_network_module"] == ("networks.lora" if peft_type == "DORA" else "lycoris.kohya")
+    assert peft_type == "DORA" or json.loads(facts["ss_network_args"]) == {"algo": peft_type.lower()}

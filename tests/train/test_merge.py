@@ -31,7 +31,8 @@ ALL = r".*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
 def exported(made: Made, folder: Path, form: Any, settings: Config) -> Path:
     _, tensors = trained_model(made, settings)
     run = make_run(folder / "run", settings, made[2])
-    return write_result(folder, "a", (run, "single", form), tensors, {"format": "pt"})
+    (path,) = write_result(folder, "a", (run, "single", form), tensors, {"format": "pt"})
+    return path
 
 
 def merged_with(made: Made, *adapters: Any, **changes: Any) -> Config:

@@ -145,7 +145,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"first_frame_conditioning_probability": 0.5}, "no clean first frame"),
     ({"training_method": "FINE_TUNE"}, "SAFETENSORS or DIFFUSERS"),
     ({"output_model_format": "DIFFUSERS"}, "LORA gives an adapter"),
-    ({"peft_type": "LOHA", "output_model_format": "KOHYA_LORA"}, "cannot hold peft_type=LOHA"),
+    ({"peft_type": "LOHA", "output_model_format": "DIFFUSERS_LORA"}, "cannot hold peft_type=LOHA"),
     ({"optimizer": {"rounding": "KAHAN"}}, "BFLOAT_16"),
     ({"training_method": "FINE_TUNE", "transformer": {"weight_dtype": "FLOAT_8"}}, "updates the weights"),
 ]

@@ -54,9 +54,8 @@ def real_dit(name: str) -> tuple[ModelSpec, Any]:
 
 
 @pytest.mark.parametrize("name", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
-@pytest.mark.parametrize(("peft_type", "forms"), [("LORA", ("COMFY_LORA", "KOHYA_LORA")), ("DORA", ("COMFY_LORA",)),
-                                                  ("LOHA", ("COMFY_LORA",)), ("LOKR", ("COMFY_LORA",))])  # fmt: skip
-def test_comfyui_finds_every_key_of_an_export(name: str, peft_type: Any, forms: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("peft_type", ["LORA", "DORA", "LOHA", "LOKR"])
+def test_comfyui_finds_every_key_of_an_export(name: str, peft_type: Any) -> None:
     """For the real models: none left over, and all ten linears of all blocks are reached."""
     spec, dit = real_dit(name)
     keys = comfy_key_map([original_name(key) for key in dit.state_dict()])
@@ -64,6 +63,7 @@ def test_comfyui_finds_every_key_of_an_export(name: str, peft_type: Any, forms: 
                and module.startswith("blocks.")}  # fmt: skip
     settings = Config.model_validate({"peft_type": peft_type, "lora_rank": 1, "lora_targets": ALL})
     tensors = adapter_names(dit, settings)
+    forms: tuple[Any, ...] = ("COMFY_LORA", "KOHYA_LORA")
     for form in forms:
         reached, stray = set(), []
         for key in formatted(tensors, settings, spec, form):
@@ -208,5 +208,14 @@ def test_a_run_without_a_file_for_comfyui_is_told_the_export_command(single: Any
     assert "cats-comfy_lora.safetensors" in write_workflow(run, tmp_path)[0].read_text()
     embedding = make_run(tmp_path / "words", config(single[0], training_method="EMBEDDING",
                                                     output_model_format="SAFETENSORS"), single[2])  # fmt: skip
-    with pytest.raises(RunError, match="use it with diffusers"):
+    with pytest.raises(RunError, match="use them with diffusers"):
         write_workflow(embedding, None)
+
+
+def test_a_learned_input_is_written_into_the_prompt_in_comfyuis_words(tmp_path: Path) -> None:
+    run = real_run(tmp_path, "ti2v-5b", training_method="EMBEDDING", output_model_format="SAFETENSORS",
+                   embedding={"kind": "INPUT"}, sample_prompts=["a <concept> in the rain"])  # fmt: skip
+    path, lines = write_workflow(run, None)
+    assert "embedding:cats in the rain" in path.read_text()
+    assert any(line.startswith("models/embeddings: cats.safetensors (copy") for line in lines)
+    check_graph(read_json(path))
