@@ -74,7 +74,7 @@ def main(
     ingest(Order(data, work, choice, ffmpeg or None, rehash))
 
 
-@main.command("import")
+@main.command("import", short_help="Another trainer's dataset file: a folder of links, and a config.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("imported"), show_default=True, help="New folder.")
 def import_file(file: Path, out: Path) -> None:

@@ -12,7 +12,8 @@ from ingest.__main__ import bundled_ffmpeg
 from shared.shards import Index, read_index, shard_folder
 from tests.ingest.make import ROOT, ingest_process, make_dataset, run_ingest
 
-SETTINGS = "windows_per_clip=2 shard_megabytes=1 gates.near_duplicate=null"
+# every kind of job but scenes: the crop is looked for, black bars too
+SETTINGS = "windows_per_clip=2 shard_megabytes=1 gates.near_duplicate=null crop=smart resolution=96x64"
 
 
 def left_by(work: Path) -> tuple[Index, dict[str, bytes]]:
