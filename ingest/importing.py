@@ -63,6 +63,8 @@ def read_foreign(path: Path) -> Reading:
     for sign, read in READERS if isinstance(value, dict) else ():
         if sign in value:
             return read(path, value)
+    if path.suffix == ".json" and isinstance(value, dict) and set(value) & set(Config.model_fields):
+        raise DatasetError(f"{path} is a config that needs no import: make ingest DATA=... CONFIG={path}")
     raise DatasetError(f"{path}: none of the kinds that can be read: {KINDS}")
 
 

@@ -315,6 +315,7 @@ def test_two_files_of_one_name_and_one_folder_named_twice(root: Path) -> None:
         ("x.yaml", "config: {process: []}", "config.process is no list of tables"),
         ("x.jsonl", '{"path": "a"}', "line 1: no video_path"),
         ("x.jsonl", "{", "line 1: not JSON"),
+        ("x.json", '{"frames": 9}', "is a config that needs no import"),
         ("x.json", '[{"a": 1}]', "entry 0 has no path and cap"),
         ("x.txt", "hello", "line 1: not folder,file.json"),
         ("x.tar", "no tar", "not a whole tar"),
