@@ -12,7 +12,8 @@ from torch import Tensor
 from shared.config import Config
 from shared.store_copy import fetch_ahead
 from train.ahead import files_in_order
-from train.data import DROPOUT, Slots, prefetch, random_of
+from train.data import DROPOUT, Slots, random_of
+from train.feed import prefetch
 from train.model import Model, TextBank
 from train.objective import micro_loss
 from train.offload import BlockRunner, with_room
@@ -38,7 +39,8 @@ def train_phase(task: Task, phase: Phase) -> None:
     learner = task.load(phase)
     if task.done == phase.first:
         task.look(learner, phase, task.done)  # validation and preview of what there was before
-    batches = prefetch(task.data.reader, task.plan, phase.law, (task.done, phase.stop), task.group)
+    span, device = (task.done, phase.stop), learner.model.device
+    batches = prefetch(task.data.reader, task.plan, phase.law, span, task.group, device)
     log.resume_clock()
     while task.done < phase.stop:
         waiting = time.perf_counter()

@@ -25,13 +25,15 @@ from tests.shared.places import quiet
 from tests.shared.servers import dripping_server, range_server
 from tests.train.make import config, listed, make_store
 from train.ahead import files_in_order
-from train.data import ALONE, Plan, Slots, prefetch
+from train.data import Plan, Slots
+from train.feed import prefetch
 from train.flow import SigmaLaw
 from train.group import Group
 from train.stores import Dataset
 
 Made = tuple[Path, ModelSpec, Path]
 LAW = SigmaLaw("UNIFORM", 3.0)
+ALONE = Group()
 STEPS = 12
 ALL = 10**9
 
@@ -79,14 +81,14 @@ def test_the_first_batch_needs_only_the_files_of_its_units_and_all_are_those_of_
         data = dataset(copy, samples)
         first |= {path.relative_to(copy).as_posix() for path in latent_files(data.reader, plan, 0)}
         threads = fetch_ahead(files_in_order(data, plan, (0, STEPS), ALONE), data.reader.stop)
-        batches = prefetch(data.reader, plan, LAW, (0, STEPS))
+        batches = prefetch(data.reader, plan, LAW, (0, STEPS), ALONE)
         taken = [next(batches)]
         assert here(copy) == first and len(first) == 1
         opened.set()
         taken += batches
         for thread in threads:
             thread.join()
-    local = list(prefetch(StoreReader([there]), Plan(samples, settings, 2), LAW, (0, STEPS)))
+    local = list(prefetch(StoreReader([there]), Plan(samples, settings, 2), LAW, (0, STEPS), ALONE))
     assert all(equal(ours, theirs) for ours, theirs in zip(taken, local, strict=True))
 
 
@@ -117,7 +119,7 @@ def test_files_are_there_before_they_are_read(shared: tuple[Config, list[ListedS
         data = dataset(local_store(url), samples)
         for thread in fetch_ahead(files_in_order(data, plan, (0, STEPS), ALONE), data.reader.stop):
             thread.join()
-    assert len(list(prefetch(data.reader, plan, LAW, (0, STEPS)))) == STEPS  # the server is gone
+    assert len(list(prefetch(data.reader, plan, LAW, (0, STEPS), ALONE))) == STEPS  # the server is gone
     assert all(data.reader.text(caption).ids_S.size for sample in samples for caption in sample.captions)
 
 
@@ -152,8 +154,8 @@ def test_a_stop_leaves_beginnings_that_the_next_run_goes_on_with(
         for thread in threads:
             thread.join()
         assert not here(copy) and only_whole_files(copy, there)
-        taken = list(prefetch(dataset(copy, samples).reader, plan, LAW, (0, STEPS)))
-    local = list(prefetch(StoreReader([there]), plan, LAW, (0, STEPS)))
+        taken = list(prefetch(dataset(copy, samples).reader, plan, LAW, (0, STEPS), ALONE))
+    local = list(prefetch(StoreReader([there]), plan, LAW, (0, STEPS), ALONE))
     assert all(equal(ours, theirs) for ours, theirs in zip(taken, local, strict=True))
 
 

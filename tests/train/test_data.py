@@ -9,7 +9,8 @@ import torch
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
 from tests.train.make import config, listed
-from train.data import EMPTY_CAPTION, Draw, Plan, epoch_batches, load_step, micro_batch_size, prefetch
+from train.data import EMPTY_CAPTION, Draw, Plan, epoch_batches, load_step, micro_batch_size
+from train.feed import prefetch
 from train.flow import SigmaLaw
 from train.group import Group
 
@@ -64,8 +65,8 @@ def test_micro_batches_and_threads_change_nothing_but_the_cut(single: Made) -> N
         model, timestep_stratified=True, dataloader_threads=5, video_config={"video_batch_size_multiplier": 0.5}
     )
     samples = [listed(number, spec) for number in range(10)]
-    for ours, theirs in zip(prefetch(reader, Plan(samples, plain, 4), LAW, (0, 5)),
-                            prefetch(reader, Plan(samples, cut, 4), LAW, (0, 5)), strict=True):  # fmt: skip
+    for ours, theirs in zip(prefetch(reader, Plan(samples, plain, 4), LAW, (0, 5), Group()),
+                            prefetch(reader, Plan(samples, cut, 4), LAW, (0, 5), Group()), strict=True):  # fmt: skip
         assert [len(part.captions) for part in theirs] == [2] * (len(ours[0].captions) // 2)
         for name in ("latent_BCthw", "noise_BCthw", "sigma_B", "weight_B"):
             assert torch.equal(getattr(ours[0], name), torch.cat([getattr(part, name) for part in theirs]))
