@@ -122,7 +122,9 @@ def luma(frame: Any) -> "Luma":
     """(H, W), in the source's own scale; of a picture without a plane of its own for it, from RGB."""
     import numpy as np
 
-    if frame.format.is_rgb or not (frame.format.is_planar or len(frame.format.components) == 1):
+    kind = frame.format
+    has_plane = kind.is_planar or len(kind.components) == 1
+    if kind.is_rgb or kind.has_palette or kind.is_bit_stream or not has_plane:
         rgb = frame.to_ndarray(format="rgb24").astype(np.int32)
         return np.asarray((2 * rgb[..., 0] + 5 * rgb[..., 1] + rgb[..., 2]) // 8)
     wide = frame.format.components[0].bits > 8
