@@ -122,13 +122,13 @@ def luma(frame: Any) -> "Luma":
     """(H, W), in the source's own scale; of a picture without a plane of its own for it, from RGB."""
     import numpy as np
 
-    kind = frame.format
-    has_plane = kind.is_planar or len(kind.components) == 1
-    if kind.is_rgb or kind.has_palette or kind.is_bit_stream or not has_plane:
+    stored = frame.format
+    has_plane = stored.is_planar or len(stored.components) == 1
+    if stored.is_rgb or stored.has_palette or stored.is_bit_stream or not has_plane:
         rgb = frame.to_ndarray(format="rgb24").astype(np.int32)
         return np.asarray((2 * rgb[..., 0] + 5 * rgb[..., 1] + rgb[..., 2]) // 8)
-    wide = frame.format.components[0].bits > 8
-    kind = np.dtype(np.uint8 if not wide else ">u2" if frame.format.name.endswith("be") else "<u2")
+    wide = stored.components[0].bits > 8
+    kind = np.dtype(np.uint8 if not wide else ">u2" if stored.name.endswith("be") else "<u2")
     plane = np.frombuffer(frame.planes[0], kind).reshape(-1, frame.planes[0].line_size // kind.itemsize)
     return plane[: frame.height, : frame.width].astype(np.int32)
 
