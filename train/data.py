@@ -8,7 +8,6 @@ anywhere, and processes or threads change nothing. Cost: about 0.2 ms of CPU per
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +22,8 @@ from shared.store import ListedSample
 from shared.store_read import StoreReader
 from train.condition import Frames
 from train.flow import SigmaLaw, sigma_at
-from train.group import Group
+from train.group import ALONE, Group
 
-ALONE = Group()
 EMPTY_CAPTION = caption_key("")
 # domains of randomness: one number each, so that no two draws share a seed
 EPOCH, PRIOR, SLOT, STRATA, VALIDATION, PREVIEW, WEIGHTS, DROPOUT, FRAMES = range(9)
@@ -182,10 +180,8 @@ def load_step(
         order = random_of(config.seed, STRATA, step).permutation(len(draws))
         uniform_nk[:, 0] = (order + uniform_nk[:, 0]) / len(draws)
     sigma_n = sigma_at(law, torch.from_numpy(uniform_nk[:, 0].copy()))
-    size = micro_batch_size(config, draws[0].sample.bucket)
-    places = iter(range(group.rank, len(draws), group.world))
     parts = []
-    while part := list(islice(places, size)):
+    for part, counts in shares(len(draws), micro_batch_size(config, draws[0].sample.bucket), config, group):
         latents = [reader.latent(draws[slot].key) for slot in part]
         noises = [rngs[slot].standard_normal(latents[0].shape, np.float32) for slot in part]
         clean = [bool(uniform_nk[slot, 3] < config.first_frame_conditioning_probability) for slot in part]
@@ -195,9 +191,9 @@ def load_step(
                 noise_BCthw=torch.from_numpy(np.stack(noises)),
                 sigma_B=sigma_n[part],
                 captions=[pick_caption(draws[slot].sample, config, uniform_nk[slot]) for slot in part],
-                weight_B=torch.tensor([loss_weight(draws[slot].sample, config) / len(draws) for slot in part]),
+                weight_B=torch.tensor([counts * loss_weight(draws[slot].sample, config) / len(draws) for slot in part]),
                 bucket=draws[0].sample.bucket,
-                frames=pick_frames(config, step, part[0], latents[0].shape[1], clean),
+                frames=pick_frames(config, step, latents[0].shape[1], clean),
                 prior_B=torch.tensor([draws[slot].sample.prior for slot in part]),
                 cond_BCthw=conditions(reader, [draws[slot].key for slot in part]),
             )
@@ -205,10 +201,22 @@ def load_step(
     return parts
 
 
-def pick_frames(config: Config, step: int, first_slot: int, total: int, clean: list[bool]) -> Frames:
-    """Latent frames of a micro-batch: the first one, and each other with 1 - frame_dropout_probability."""
+def shares(count: int, size: int, config: Config, group: Group) -> list[tuple[list[int], float]]:
+    """(slots, 1) of each micro-batch of this process; every `world`-th slot of a batch of `count` is its own.
+
+    Processes that divide weights need each other for every forward, so one with fewer micro-batches than the first gets
+    some that do not count: (slot 0, 0).
+    """
+    own = list(range(group.rank, count, group.world))
+    parts = [(own[start : start + size], 1.0) for start in range(0, len(own), size)]
+    most = -(-len(range(0, count, group.world)) // size)
+    return parts + [([0], 0.0)] * (most - len(parts) if group.divides(config) else 0)
+
+
+def pick_frames(config: Config, step: int, total: int, clean: list[bool]) -> Frames:
+    """Latent frames of a step: the first one, and each other with 1 - frame_dropout_probability."""
     chance = config.video_config.frame_dropout_probability
-    kept = random_of(config.seed, FRAMES, step, first_slot).random(total) >= chance if chance else [True] * total
+    kept = random_of(config.seed, FRAMES, step).random(total) >= chance if chance else [True] * total
     positions = tuple(place for place in range(total) if place == 0 or kept[place])
     conditioned = any(clean) and len(positions) > 1  # an image has nothing to continue
     return Frames(positions, total, torch.tensor(clean) if conditioned else None)

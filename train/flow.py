@@ -72,7 +72,12 @@ def expert_range(expert: str, boundary: float | None) -> tuple[float, float]:
 
 def wide(values: Tensor) -> Tensor:
     """The same in float32; what is wider stays as it is."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(wider(values.dtype))
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """float32, or a dtype that is wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def interpolate(latent_BCthw: Tensor, noise_BCthw: Tensor, sigma_B: Tensor) -> Tensor:

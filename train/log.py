@@ -173,6 +173,10 @@ class NoLog(RunLog):
     def resume_clock(self) -> None:
         """Nothing."""
 
+    def length(self) -> int:
+        """Nothing."""
+        return 0
+
 
 def peak_memory() -> float:
     """GiB: of the GPU's allocator when there is one, else of this process."""

@@ -14,12 +14,13 @@ from shared.store_copy import fetch_ahead
 from train.ahead import files_in_order
 from train.data import DROPOUT, Slots, random_of
 from train.feed import prefetch
-from train.model import Model, TextBank
+from train.flow import wider
+from train.learner import Learner
 from train.objective import micro_loss
 from train.offload import BlockRunner, with_room
-from train.optim import clip, set_rate
+from train.optim import set_rate
 from train.phases import Phase
-from train.task import Learner, Task
+from train.task import Task
 
 
 def train(task: Task) -> None:
@@ -47,19 +48,17 @@ def train_phase(task: Task, phase: Phase) -> None:
         batch = next(batches)
         waited = time.perf_counter() - waiting
         rate = set_rate(learner.optimizer, config, task.done - phase.first, phase.steps)
-        attempt = partial(accumulate, learner.model, learner.bank, batch, config, task.done)
-        loss = with_room(attempt, partial(make_room, task, learner))
-        task.group.sum_gradients(learner.trained.values())
-        norm = clip(learner.trained.values(), config.max_grad_norm)
+        loss = with_room(partial(accumulate, learner, batch, config, task.done), partial(make_room, task, learner))
+        learner.sum_gradients(task.group)
+        norm = learner.clip(config.max_grad_norm, task.group)
         numbers = torch.stack([task.agree(loss), norm]).tolist()
-        skipped = task.guard(numbers)
+        skipped = task.guard(numbers, learner.scale)
         if not skipped:
-            learner.optimizer.step()
-            learner.update_average()
+            learner.step()
         learner.optimizer.zero_grad()
         task.done += 1
         row = dict(zip(("loss", "grad_norm"), (None, None) if skipped else numbers, strict=True))
-        samples = sum(len(slots.captions) for slots in batch)
+        samples = sum(len(slots.captions) for slots in batch) * task.group.world
         log.step({"step": task.done, "expert": phase.expert, "lr": rate, **row}, samples, waited)
         task.after_step(learner, phase)
 
@@ -74,14 +73,13 @@ def make_room(task: Task, learner: Learner) -> bool:
     return True
 
 
-def accumulate(model: Model, bank: TextBank, batch: list[Slots], config: Config, step: int) -> Tensor:
+def accumulate(learner: Learner, batch: list[Slots], config: Config, step: int) -> Tensor:
     """Gradients of the mean loss over the batch, one micro-batch after the other; returns that loss."""
-    losses = []
+    losses = [torch.zeros((), dtype=wider(learner.model.dtype), device=learner.model.device)]
     for number, slots in enumerate(batch):
         if config.lora_dropout:
             torch.manual_seed(int(random_of(config.seed, DROPOUT, step, number).integers(2**62)))
-        loss = micro_loss(model, bank, slots, config)
-        if loss.requires_grad:  # not where all captions are without the concept that is learned
-            torch.autograd.backward(loss)
+        loss = micro_loss(learner.model, learner.bank, slots, config)
+        learner.backward(loss)
         losses.append(loss.detach())
-    return torch.stack(losses).sum() if losses else torch.zeros((), device=model.device)
+    return torch.stack(losses).sum()

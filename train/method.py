@@ -6,6 +6,7 @@ from shared.concept import text_key
 from shared.store_read import StoreReader
 from train.adapter import add_adapter
 from train.embedding import InputConcept, OutputConcept, first_rows, stored
+from train.flow import wider
 from train.model import Model, TextBank
 from train.optim import EMBEDDING
 from train.run import Run
@@ -36,6 +37,7 @@ def with_concept(model: Model, run: Run, texts: list[str]) -> Trained:
     found = [reader.text(text_key(text, settings)) for text in dict.fromkeys(texts)]
     encoder = load_encoder(run.spec, run.config, model.device) if needs_encoder(run.config) else None
     values = stored if encoder is None else encoder.vectors
-    rows_nd = nn.Parameter(first_rows(found, settings, run.spec.text_dim, values).to(model.device))
-    concept = OutputConcept(rows_nd) if encoder is None else InputConcept(rows_nd, encoder)
-    return TextBank(model, reader, concept), {EMBEDDING: rows_nd}
+    rows_nd = first_rows(found, settings, run.spec.text_dim, values).to(model.device, wider(model.dtype))
+    learned = nn.Parameter(rows_nd)
+    concept = OutputConcept(learned) if encoder is None else InputConcept(learned, encoder)
+    return TextBank(model, reader, concept), {EMBEDDING: learned}

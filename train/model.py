@@ -38,6 +38,7 @@ class Model:
     dtype: torch.dtype  # of activations
     options: LeanOptions
     autocast: bool = False  # trained weights are kept wider than the arithmetic
+    forward: Callable[..., Tensor] = lean_forward
 
     def context(self) -> AbstractContextManager[Any]:
         """What a forward runs in."""
@@ -94,7 +95,7 @@ def predict(
         noisy_BCthw = torch.cat([noisy_BCthw, concat_mask(cond_BCthw), cond_BCthw], dim=1)
     noisy = noisy_BCthw.to(model.dtype)
     with model.context():
-        velocity = lean_forward(model.transformer, noisy, timestep_BK, text, places or Places(), model.options)
+        velocity = model.forward(model.transformer, noisy, timestep_BK, text, places or Places(), model.options)
     return wide(velocity)
 
 

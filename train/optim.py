@@ -1,4 +1,4 @@
-"""The update: optimizer by name (torch, bitsandbytes), rate by step, clipped gradients, averaged weights."""
+"""The update: optimizer by name (from torch or a library), rate by step, clipped gradients, averaged weights."""
 
 import importlib
 import math
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shared.config import Config
 from shared.errors import ConfigError
+from train.flow import wide
 from train.rounding import Rounded
 from train.text_encoder import PREFIX
 
@@ -18,14 +19,17 @@ EMBEDDING = "embedding"  # name of a concept's learned rows among the trained pa
 Optimizer = torch.optim.Optimizer | Rounded
 
 
-def make_optimizer(config: Config, trained: Parameters) -> Optimizer:
-    """The configured optimizer over the trained parameters; its rate is set before every update."""
+def make_optimizer(config: Config, trained: Parameters, rank: int = 0) -> Optimizer:
+    """The configured optimizer over the trained parameters; its rate is set before every update.
+
+    `rank`: of the process that rounds its part, so that no two draw the same.
+    """
     if config.optimizer.name == "MUON" and (odd := [name for name, part in trained.items() if part.ndim != 2]):
         raise ConfigError(f"optimizer.name=MUON trains matrices only, {odd[0]} is none; use ADAMW")
     if config.optimizer.rounding == "NEAREST":
         return plain_optimizer(config, trained)
-    kahan = config.optimizer.rounding == "KAHAN"
-    return Rounded(lambda name, part: plain_optimizer(config, {name: part}), trained, kahan, config.seed)
+    kahan, seed = config.optimizer.rounding == "KAHAN", config.seed + (rank << 40)
+    return Rounded(lambda name, part: plain_optimizer(config, {name: part}), trained, kahan, seed)
 
 
 def plain_optimizer(config: Config, trained: Parameters) -> torch.optim.Optimizer:
@@ -57,9 +61,19 @@ def library_optimizer(config: Config, groups: list[dict[str, Any]], common: dict
         made = optional("came_pytorch", "came-pytorch").CAME(groups, **common, betas=(*betas, 0.9999))
     elif settings.name == "LION":
         made = optional("bitsandbytes.optim", "bitsandbytes").Lion(groups, **common, betas=betas)
+    elif settings.name == "SCHEDULE_FREE_ADAMW":  # Defazio et al. 2024, arXiv 2405.15682
+        made = optional("schedulefree", "schedulefree").AdamWScheduleFree(
+            groups, **common, betas=betas, eps=settings.eps
+        )
+        made.train()  # type: ignore[attr-defined]
     else:
         made = optional("bitsandbytes.optim", "bitsandbytes").AdamW8bit(groups, **common, betas=betas, eps=settings.eps)
     return made
+
+
+def averages_itself(optimizer: Any) -> bool:
+    """Whether weights are meant to be used at another point than they are trained at: those of SCHEDULE_FREE_ADAMW."""
+    return hasattr(optimizer, "eval")
 
 
 def optional(module: str, package: str) -> Any:
@@ -108,17 +122,17 @@ def clip(parts: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 
 class Average:
-    """Exponential moving average of the trained parameters (Polyak averaging), float32 whatever they are."""
+    """Exponential moving average of the trained parameters (Polyak averaging), float32 or wider whatever they are."""
 
     def __init__(self, trained: Parameters, decay: float) -> None:
         self.trained, self.decay = trained, decay
-        self.mean = {name: part.detach().float().clone() for name, part in trained.items()}
+        self.mean = {name: wide(part.detach()).clone() for name, part in trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the current weights."""
         for name, mean in self.mean.items():
-            mean.lerp_(self.trained[name].detach().float(), 1 - self.decay)
+            mean.lerp_(wide(self.trained[name].detach()), 1 - self.decay)
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor]) -> None:

@@ -37,14 +37,17 @@ class Previews:
     """All previews of one run; without sample_prompts it does nothing."""
 
     def __init__(self, run: Run, log: RunLog, group: Group) -> None:
-        self.run, self.log = run, log
+        self.run, self.log, self.writes = run, log, group.first
         scene = scene_of(run.config, run.spec)
-        self.scene = scene if group.first else replace(scene, prompts=())
+        joins = group.first or group.divides(run.config)  # divided weights are gathered by all, for every forward
+        self.scene = scene if joins else replace(scene, prompts=())
         self.waiting: list[Row] = []  # to be decoded
         self.decoding: Row = {}
         self.child: subprocess.Popen[bytes] | None = None
         if self.scene.prompts:
-            self.waiting = undecoded(run.folder)
+            self.waiting = undecoded(run.folder) if group.first else []
+            if group.divides(run.config):
+                group.agree(lambda: len(ensure_texts(scene.texts, run).texts))  # one process encodes what is missing
             self.reader = ensure_texts(self.scene.texts, run)
             self.origin = start_of(self.scene, run)
 
@@ -77,13 +80,16 @@ class Previews:
             self._write(handed, state)
         path = self.folder / f"{name}{'' if phase.expert == 'single' else '_' + phase.expert}.safetensors"
         self._write(path, clean if phase.expert == "high_noise" else state)
+        if not self.writes:
+            return
         row = {"event": "preview", "step": step, "expert": phase.expert, "file": f"samples/{path.name}"}
         self.log.row(row)
         self.waiting.append(row)
         self.decode_next()
 
     def _write(self, path: Path, latents: Tensor) -> None:
-        write_latents(path, latents, self.scene.prompts, self.run.spec, self.run.config)
+        if self.writes:
+            write_latents(path, latents, self.scene.prompts, self.run.spec, self.run.config)
 
     def decode_next(self, device: str = BESIDE_TRAINING) -> None:
         """Start the next decoder when none is at work: one at a time, so that training keeps its memory."""

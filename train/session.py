@@ -15,9 +15,10 @@ from shared.resolve import Resolved
 from train import checkpoint, export
 from train.adapter import copy_into
 from train.contradictions import refuse_method_mismatch
-from train.data import ALONE, Plan
+from train.data import Plan
 from train.explain import derived, plan_lines
-from train.group import Group
+from train.group import ALONE, Group, refuse_undivided
+from train.learner import Loader
 from train.log import NoLog, RunLog
 from train.loop import train
 from train.memory import measured_peaks, out_of_memory, plan_for_device, refuse_if_too_large
@@ -49,8 +50,9 @@ def open_data(resolved: Resolved, stores: tuple[Path, ...], work: Path, group: G
     return data, Plan(data.train, resolved.config, resolved.config.batch_size * group.world)
 
 
-def start(run: Run, finished: bool, group: Group = ALONE) -> None:
-    """Train a run to its end, from its newest checkpoint."""
+def start(run: Run, finished: bool, group: Group = ALONE, loader: Loader = load_model) -> None:
+    """Train a run to its end, from its newest checkpoint; `loader` loads an expert."""
+    refuse_undivided(run.config, group)
     data, plan = open_data(run.resolved, run.stores, run.work, group)
     saved = checkpoint.latest(run.folder)
     if finished and saved is not None and checkpoint.read_state(saved).step >= plan.total_steps():
@@ -60,7 +62,8 @@ def start(run: Run, finished: bool, group: Group = ALONE) -> None:
     refuse_if_too_large(memory, run.config, run.spec, stream=pick_device().type != "cpu")
     torch.use_deterministic_algorithms(run.config.deterministic)
     remarks = group.agree(lambda: start_folder(run, data.fingerprint))
-    done, skipped, more = restore(run, data, group)
+    state, more = restore(run, data, group)
+    done = state.step if state is not None else 0
     with RunLog(run.folder, done, plan.total_steps()) if group.first else NoLog() as log:
         several = [f"processes: {group.world}"] if group.world > 1 else []
         facts = [*derived(run.resolved), *several, *plan_lines(run.resolved, data, plan)]
@@ -68,7 +71,7 @@ def start(run: Run, finished: bool, group: Group = ALONE) -> None:
             log.say(line)
         log.text("config", run.config.model_dump_json(indent=1))
         try:
-            train(Task(run, data, plan, log, done, skipped, group=group))
+            train(Task(run, data, plan, log, state, group, loader))
         except torch.OutOfMemoryError:
             raise out_of_memory(memory, run.config, run.spec, pick_device()) from None
         finally:

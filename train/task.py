@@ -10,49 +10,26 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.errors import RunError
 from train import checkpoint, export
-from train.adapter import copy_into
-from train.adapter_file import adapter_path, start_from
 from train.checkpoint import State
-from train.data import ALONE, WEIGHTS, Plan, random_of
-from train.group import Group
+from train.data import Plan
+from train.group import ALONE, Group
+from train.learner import Learner, Loader, load_learner
 from train.log import RunLog, cut_events
-from train.method import make_trained
-from train.model import Model, TextBank, load_model, pick_device
-from train.optim import Average, Optimizer, make_optimizer
+from train.model import load_model
 from train.phases import Due, Phase, make_phases
 from train.preview import Previews
 from train.run import Run
 from train.sample import ensure_texts
+from train.scale import LossScale
 from train.stores import Dataset
 from train.validate import validate
 
 BACKUP_MINUTES = 10
 SKIPS_ALLOWED = 10  # updates with a loss that is not finite, in a row
-
-
-@dataclass
-class Learner:
-    """One expert being trained."""
-
-    model: Model
-    bank: TextBank
-    trained: dict[str, nn.Parameter]
-    optimizer: Optimizer
-    average: Average | None
-
-    def update_average(self) -> None:
-        """Move the averaged weights, when there are any."""
-        if self.average is not None:
-            self.average.update()
-
-    def tensors(self, expert: str) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps, by file."""
-        kept = {f"weights_{expert}": {name: part.detach() for name, part in self.trained.items()}}
-        return kept | ({f"average_{expert}": self.average.mean} if self.average else {})
 
 
 @dataclass
@@ -63,14 +40,16 @@ class Task:
     data: Dataset
     plan: Plan
     log: RunLog
-    done: int = 0  # optimizer updates, of all experts
-    skipped: int = 0  # in a row
-    stopping: int = 0  # the signal that asked to stop
+    state: State | None = None  # where it goes on
     group: Group = ALONE
+    loader: Loader = load_model
+    stopping: int = 0  # the signal that asked to stop
     phases: list[Phase] = field(init=False)
 
     def __post_init__(self) -> None:
-        config = self.run.config
+        config, state = self.run.config, self.state
+        self.done = state.step if state else 0  # optimizer updates, of all experts
+        self.skipped, self.skipped_in_a_row = (state.skipped, state.skipped_in_a_row) if state else (0, 0)
         self.phases = make_phases(config, self.run.spec, self.plan.total_steps())
         if texts := list(self.data.texts.values()):  # one process, and before the DiT takes the memory
             self.group.agree(lambda: len(ensure_texts([*texts, *config.sample_prompts], self.run).texts))
@@ -99,7 +78,7 @@ class Task:
         """The loss of the global batch; and if one process was asked to stop, all stop."""
         if self.group.world == 1:
             return loss
-        total, stopping = self.group.total(torch.stack([loss.float(), loss.new_tensor(float(self.stopping))])).unbind()
+        total, stopping = self.group.total(torch.stack([loss, loss.new_tensor(float(self.stopping))])).unbind()
         self.stopping = self.stopping or int(stopping)
         return total
 
@@ -110,30 +89,21 @@ class Task:
         self.log.say("stopping after this step; once more stops at once, and loses what is not saved yet")
 
     def load(self, phase: Phase) -> Learner:
-        """Load an expert, its adapter and optimizer; take their state from the checkpoint when it is of this phase."""
-        config = self.run.config
+        """Load an expert as its phase, or its newest checkpoint, wants it."""
         self.previews.start(phase)
-        model = load_model(self.run.spec, phase.expert, config, pick_device())
-        seed = int(random_of(config.seed, WEIGHTS, phase.first).integers(2**62))
-        texts = [*self.data.texts.values(), *config.sample_prompts]
-        bank, trained = make_trained(model, self.run, seed, self.data.reader, texts)
-        average = Average(trained, config.ema) if config.ema else None
-        learner = Learner(model, bank, trained, make_optimizer(config, trained), average)
-        if self.done == phase.first and config.resume_from_adapter:
-            start_from(adapter_path(config, phase.expert), trained, config)
-        if self.done > phase.first and (saved := checkpoint.latest(self.run.folder)) is not None:
-            copy_into(trained, checkpoint.read_tensors(saved, f"weights_{phase.expert}"), str(saved))
-            learner.optimizer.load_state_dict(checkpoint.read_optimizer(saved))
-            if learner.average is not None:
-                learner.average.load(checkpoint.read_tensors(saved, f"average_{phase.expert}"))
-        return learner
+        return load_learner(self.run, self.data, phase, self.done, self.group, self.loader)
+
+    @property
+    def joins(self) -> bool:
+        """Whether this process takes part in what is not a step: the first does, and all that hold divided weights."""
+        return self.group.first or self.group.divides(self.run.config)
 
     def look(self, learner: Learner, phase: Phase, step: int) -> None:
         """Validation and preview."""
-        if not self.group.first:
-            return
-        self.validate(learner, phase, step)
-        self.previews.take(learner.bank, phase, step)
+        if self.joins:
+            with learner.evaluated():
+                self.validate(learner, phase, step)
+                self.previews.take(learner.bank, phase, step)
         if self.group.world == 1:  # several processes can only stop together, after a step
             self.stop_if_asked()
 
@@ -144,35 +114,56 @@ class Task:
             self.log.row({"event": "validation", "step": step, "expert": phase.expert, **losses})
             self.log.say(f"step {step} {phase.expert} validation loss {losses['loss']:.4f}")
 
-    def guard(self, numbers: list[float]) -> bool:
-        """Whether to skip an update because loss or gradient are not finite; gives up after several in a row."""
-        if all(map(math.isfinite, numbers)):
-            self.skipped = 0
+    def guard(self, numbers: list[float], scale: LossScale | None) -> bool:
+        """Whether to skip an update because loss or gradient are not finite; gives up after several in a row.
+
+        Gradients that overflow at a loss scale that can go down are the scale's fault, and not counted in the row.
+        """
+        loss, norm = numbers
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            if scale is not None:
+                scale.after(overflowed=False)
             return False
         self.skipped += 1
-        self.log.say(f"step {self.done + 1}: loss {numbers[0]}, gradient norm {numbers[1]}: update skipped")
-        if self.skipped >= SKIPS_ALLOWED:
+        message = f"step {self.done + 1}: loss {loss}, gradient norm {norm}: update skipped"
+        if scale is not None and math.isfinite(loss) and not scale.at_floor:
+            scale.after(overflowed=True)
+            self.log.say(f"{message}, the loss scale is {scale.value:g} now")
+            return True
+        self.log.say(message)
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= SKIPS_ALLOWED:
             saved = checkpoint.latest(self.run.folder)
             raise RunError(
-                f"{self.skipped} updates in a row were not finite; the last good checkpoint is "
+                f"{self.skipped_in_a_row} updates in a row were not finite; the last good checkpoint is "
                 f"{saved or 'none'}; lower learning_rate, or train in FLOAT_32"
             )
         return True
 
+    def due(self, end: bool) -> list[bool]:
+        """Whether validation, preview, result and checkpoint are due after this step; the first process decides."""
+
+        def decide() -> list[bool]:
+            return [end or each.after(self.done) for each in (self.check, self.sample, self.save, self.backup)]
+
+        return self.group.agree(decide) if self.group.divides(self.run.config) else decide()
+
     def after_step(self, learner: Learner, phase: Phase) -> None:
         """Everything that is due now; the checkpoint comes last, so that it covers the rest."""
-        end = self.done == phase.stop
-        if not self.group.first:
-            self.stop_if_asked()
-            return
-        if end or self.check.after(self.done):
-            self.validate(learner, phase, self.done)
-        if end or self.sample.after(self.done):
-            self.previews.take(learner.bank, phase, self.done)
-        if end or self.save.after(self.done):
-            self.export(learner, phase, end)
-        if end or self.stopping or self.backup.after(self.done):
-            self.write_checkpoint(learner, phase, must=bool(end or self.stopping))
+        if self.joins:
+            end = self.done == phase.stop
+            check, sample, save, backup = self.due(end)
+            if check or sample:
+                with learner.evaluated():
+                    if check:
+                        self.validate(learner, phase, self.done)
+                    if sample:
+                        self.previews.take(learner.bank, phase, self.done)
+            if save:
+                self.export(learner, phase, end)
+            if backup or self.stopping:
+                self.write_checkpoint(learner, phase, must=bool(end or self.stopping))
         self.stop_if_asked()
         self.previews.decode_next()
         self.log.resume_clock()
@@ -187,16 +178,22 @@ class Task:
 
     def write_checkpoint(self, learner: Learner, phase: Phase, must: bool) -> None:
         """Save; a full disk ends the run only when this checkpoint is its last."""
+        scale = learner.scale or LossScale()
         state = State(
             step=self.done,
             expert=phase.expert,
             events_bytes=self.log.length(),
             data=self.data.fingerprint,
-            skipped_in_a_row=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+            skipped=self.skipped,
+            processes=self.group.world,
+            loss_scale=scale.value,
+            steps_at_scale=scale.good,
         )
         tensors, optimizer = learner.tensors(phase.expert), learner.optimizer.state_dict()
+        writers = self.group if learner.divided else ALONE
         try:
-            checkpoint.save(self.run.folder, state, tensors, optimizer, self.run.config.backup_keep)
+            checkpoint.save(self.run.folder, state, tensors, optimizer, self.run.config.backup_keep, writers)
         except OSError as error:
             if must:
                 raise
@@ -207,12 +204,14 @@ class Task:
     def export(self, learner: Learner, phase: Phase, end: bool) -> None:
         """Write the result in output_model_format, and its average beside it."""
         config, run = self.run.config, self.run
+        kept = learner.tensors(phase.expert)
+        if not self.group.first:
+            return
         metadata = export.describe(config, run.spec, phase.expert, self.done - phase.first, self.data.fingerprint)
         name = run.name if end else f"{run.name}-step{self.done:06d}"
-        results = {name: {name: part.data for name, part in learner.trained.items()}}
-        if learner.average is not None:
-            results[f"{name}_ema"] = learner.average.mean
-        for stem, tensors in results.items():
+        for kind, stem in (("weights", name), ("average", f"{name}_ema")):
+            if (tensors := kept.get(f"{kind}_{phase.expert}")) is None:
+                continue
             what = run, phase.expert, config.output_model_format
             for path in export.write_result(run.folder, stem, what, tensors, metadata):
                 if end and config.output_model_destination is not None:
@@ -237,15 +236,28 @@ def copy_result(path: Path, destination: Path) -> None:
         shutil.copyfile(path, destination / path.name)
 
 
-def restore(run: Run, data: Dataset, group: Group) -> tuple[int, int, list[str]]:
-    """(steps done, skips in a row, remarks) of the newest checkpoint; cuts the event log back to it."""
+def restore(run: Run, data: Dataset, group: Group) -> tuple[State | None, list[str]]:
+    """(state of the newest checkpoint, remarks); cuts the event log back to it.
+
+    Raises RunError when another number of processes trained it: the global batch, and so the order, would change.
+    """
     saved = checkpoint.latest(run.folder)
     state = checkpoint.read_state(saved) if saved is not None else None
+    if state is not None and state.processes != group.world:
+        raise RunError(
+            f"{run.folder} was trained by {count_processes(state.processes)}, this is {group.world}; go on with as "
+            "many (torchrun --nproc_per_node), or start another with RUN=new_folder"
+        )
     if group.first:
         cut_events(run.folder / "events.jsonl", state.events_bytes if state else 0)
     if state is None:
-        return 0, 0, []
+        return None, []
     remarks = [f"resuming {run.folder} at step {state.step}"]
     if state.data != data.fingerprint:
         remarks.append("the store changed since then: the order of samples is another one from here on")
-    return state.step, state.skipped_in_a_row, remarks
+    return state, remarks
+
+
+def count_processes(count: int) -> str:
+    """'1 process', '2 processes'."""
+    return f"{count} process{'' if count == 1 else 'es'}"

@@ -23,7 +23,7 @@ from shared.resolve import Choice, to_json
 from tests.e2e.commands import ROOT
 from tests.train.make import config, listed, make_run, make_store
 from train.checkpoint import latest
-from train.data import ALONE
+from train.group import ALONE
 from train.log import RunLog
 from train.preview import Previews, undecoded
 from train.run import Run, choose_run
