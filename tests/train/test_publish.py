@@ -4,20 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from shared.errors import RunError
 from shared.models import ModelSpec
 from shared.resolve import Resolved
-from tests.shared.hub import REPO, HubServer, hub_address
+from tests.shared.hub import REPO, hub_address
+from tests.train.hub import ModelHub
 from tests.train.make import config, make_run
 from train.__main__ import main
 from train.curve import chart, nice_ticks
@@ -25,35 +22,6 @@ from train.publish import model_card, publish, validation_losses, write_folder
 from train.run import Run, start_folder
 
 Made = tuple[Path, ModelSpec, Path]
-
-
-class ModelHub(HubServer):
-    """The stand-in for repositories of models: other addresses, the same protocol."""
-
-    async def create(self, request: Request) -> Response:
-        wanted = await request.json()
-        assert wanted.get("type", "model") == "model" and f"{wanted['organization']}/{wanted['name']}" == REPO
-        self.visibility = "private" if wanted.get("private") or wanted.get("visibility") == "private" else "public"
-        self.folder.mkdir(exist_ok=True)
-        return JSONResponse({"url": f"https://huggingface.co/{REPO}"})
-
-    async def validate(self, request: Request) -> Response:
-        assert (await request.json())["content"].startswith("---\n")
-        return JSONResponse({"errors": [], "warnings": []})
-
-    async def commit(self, request: Request) -> Response:
-        await super().commit(request)
-        return JSONResponse({"commitUrl": f"https://huggingface.co/{REPO}/commit/0", "commitOid": "0" * 40})
-
-    def app(self) -> Any:
-        app, known = super().app(), "/api/models/{repo:path}"
-        app.router.routes += [
-            Route(known + "/preupload/{revision}", self.preupload, methods=["POST"]),
-            Route(known + "/commit/{revision}", self.commit, methods=["POST"]),
-            Route("/api/validate-yaml", self.validate, methods=["POST"]),
-            Route("/{repo:path}.git/info/lfs/objects/batch", self.batch, methods=["POST"]),
-        ]
-        return app
 
 
 @pytest.fixture
