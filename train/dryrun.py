@@ -29,7 +29,8 @@ from shared.models import ModelSpec
 from train.adapter import add_adapter
 from train.lean import Modulation, Rope, Text, block_forward
 from train.load import dit_config, hold_stored, keeps_float32
-from train.quantize import TORCH_DTYPES, QuantizedLinear
+from train.quantize import TORCH_DTYPES, QuantizedLinear, stored_bytes
+from train.text_encoder import empty_stack
 
 ROUNDING = 512  # bytes; CUDA's allocator hands out multiples of it (pytorch/pytorch c10/cuda/CUDACachingAllocator.cpp)
 TEXT_ROWS = 130  # rows of a caption of 128 tokens after the padding is collapsed
@@ -185,6 +186,40 @@ def block_cost(spec: ModelSpec, config: Config, bucket: Bucket, micro_batch: int
             forward_flops=flops[0],
             backward_flops=flops[1],
         )
+
+
+@dataclass(frozen=True)
+class TextCost:
+    """What UMT5 in the trainer takes, for one caption."""
+
+    weights: int  # bytes on the device
+    table: int  # bytes of token vectors, in RAM
+    saved_bytes: int  # kept for the backward
+    peak_bytes: int  # most that is alive over forward and backward
+    forward_flops: int
+    backward_flops: int
+    trained: tuple[torch.Size, ...]
+
+
+def text_cost(spec: ModelSpec, config: Config) -> TextCost:
+    """Run UMT5's blocks forward and backward on a caption of usual length, without data."""
+    stack, dtype, trained = empty_stack(spec), TORCH_DTYPES[config.train_dtype], config.text_encoder.train
+    storage = config.text_encoder.weight_dtype
+    shapes = [(name, part.shape) for name, part in stack.named_parameters()]
+    linear = {f"{name}.weight" for name, part in stack.named_modules() if type(part) is nn.Linear}
+    plain = TORCH_DTYPES[storage if trained else config.train_dtype].itemsize
+    weights = sum(stored_bytes(shape, storage) if name in linear else shape.numel() * plain for name, shape in shapes)
+    stack.to(dtype).requires_grad_(trained)
+    with FakeTensorMode():
+        to_fake(stack)
+        for part in stack.parameters():
+            part.grad = torch.zeros_like(part) if trained else None  # counted with what is trained
+        grads = [part.grad for part in stack.parameters() if part.grad is not None]
+        vectors_BSd = torch.empty(1, TEXT_ROWS, stack.config.d_model, dtype=dtype, requires_grad=True)
+        existing = [list(stack.parameters()), list(stack.buffers()), grads, vectors_BSd]
+        peak, saved, flops = measured(lambda: stack(inputs_embeds=vectors_BSd).last_hidden_state, existing)
+    table = stack.config.vocab_size * stack.config.d_model * dtype.itemsize
+    return TextCost(weights, table, saved, peak, *flops, tuple(shape for _, shape in shapes) if trained else ())
 
 
 def measured(run: Callable[[], Tensor], existing: Any) -> tuple[int, int, tuple[int, int]]:

@@ -22,8 +22,9 @@ from shared.geometry import geometry
 from shared.models import ModelSpec
 from shared.resolve import merge, nest, to_json, value_at
 from train.data import micro_batch_size
-from train.dryrun import BlockCost, WeightCost, block_cost, weight_cost
+from train.dryrun import BlockCost, TextCost, WeightCost, block_cost, text_cost, weight_cost
 from train.quantize import TORCH_DTYPES
+from train.text_encoder import needs_encoder
 
 GIB = 1 << 30
 CONTEXT = int(0.8 * GIB)  # of a card that the driver, CUDA's context and the display take (assumed)
@@ -141,7 +142,23 @@ def add_up(config: Config, spec: ModelSpec, costs: tuple[WeightCost, BlockCost],
         "checkpoints": again * block.input_bytes if parked else 0,
     }
     flops = count * (block.forward_flops + block.backward_flops) + again * block.forward_flops
+    if needs_encoder(config):
+        text = text_cost_of(spec, config)
+        add_text(config, text, micro, device, host)
+        again = config.gradient_checkpointing != "NONE"
+        flops += micro * (text.forward_flops * (1 + again) + text.backward_flops)
     return MemoryPlan(placement, count, device, host, block.tokens, micro, flops * config.batch_size // micro, budget)
+
+
+def add_text(config: Config, text: TextCost, micro: int, device: dict[str, int], host: dict[str, int]) -> None:
+    """Add UMT5 in the trainer: captions of a micro-batch pass one by one, all kept unless they are computed again."""
+    kept = 0 if config.gradient_checkpointing != "NONE" else (micro - 1) * text.saved_bytes
+    device["text encoder"] = text.weights
+    device["text encoder, activations"] = kept + text.peak_bytes
+    host["text encoder, while loading, and its token vectors"] = text.weights + text.table
+    size = TORCH_DTYPES[config.text_encoder.weight_dtype].itemsize if text.trained else 0
+    for name, value in state_of(config, list(text.trained), size).items():
+        device[name] += value
 
 
 def trained_bytes(config: Config, weights: WeightCost) -> dict[str, int]:
@@ -151,10 +168,15 @@ def trained_bytes(config: Config, weights: WeightCost) -> dict[str, int]:
     shapes = [*weights.trained_per_block * weights.blocks, *weights.trained_outside]
     if config.training_method == "EMBEDDING":
         shapes = [torch.Size((config.embedding.token_count, 4096))]
+    adapter = 0 if fine_tune else size * sum(shape.numel() for shape in shapes)
+    return {"adapter": adapter, **state_of(config, shapes, size)}
+
+
+def state_of(config: Config, shapes: list[torch.Size], size: int) -> dict[str, int]:
+    """Bytes beside trained parameters of so many bytes per element."""
     elements = sum(shape.numel() for shape in shapes)
     lost = elements * size if config.optimizer.rounding == "KAHAN" else 0
     return {
-        "adapter": 0 if fine_tune else elements * size,
         "gradients": elements * size,
         "optimizer": sum(state_bytes(config, shape, size) for shape in shapes) + lost,
         "averages": elements * 4 if config.ema is not None else 0,
@@ -190,12 +212,22 @@ def _block_cost(spec: ModelSpec, config_text: str, bucket: Bucket, micro_batch: 
 
 
 COST_KEYS = ("training_method", "transformer", "train_dtype", "lora_rank", "lora_targets", "peft_type", "batch_size",
-             "video_config", "embedding", "first_frame_conditioning_probability")  # fmt: skip
+             "video_config", "embedding", "text_encoder", "first_frame_conditioning_probability")  # fmt: skip
 
 
 def _relevant(config: Config) -> str:
     """The settings that a dry run depends on, so that it is made once for configs that differ in others."""
     return Config(**{key: value_at(config, key) for key in COST_KEYS}).model_dump_json()
+
+
+@lru_cache
+def _text_cost(spec: ModelSpec, config_text: str) -> TextCost:
+    return text_cost(spec, Config.model_validate_json(config_text))
+
+
+def text_cost_of(spec: ModelSpec, config: Config) -> TextCost:
+    """Cost of UMT5 in the trainer, remembered."""
+    return _text_cost(spec, _relevant(config))
 
 
 def weight_cost_of(spec: ModelSpec, config: Config) -> WeightCost:

@@ -86,8 +86,8 @@ def load_encoder(spec: ModelSpec, config: Config, device: torch.device) -> TextE
                        config.gradient_checkpointing != "NONE")  # fmt: skip
 
 
-def encoder_shapes(spec: ModelSpec) -> list[tuple[str, torch.Size]]:
-    """Names and shapes of the weights of UMT5's blocks; downloads nothing."""
+def empty_stack(spec: ModelSpec) -> Any:
+    """UMT5's blocks on the meta device; downloads nothing."""
     from transformers import UMT5Config
     from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
@@ -97,4 +97,5 @@ def encoder_shapes(spec: ModelSpec) -> list[tuple[str, torch.Size]]:
     config.is_encoder_decoder = config.is_decoder = config.use_cache = False
     with torch.device("meta"):
         stack = UMT5Stack(config)
-    return [(name, part.shape) for name, part in stack.named_parameters() if name != "embed_tokens.weight"]
+    stack.embed_tokens = nn.Identity()
+    return stack.eval().requires_grad_(False)

@@ -11,13 +11,16 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
+from shared.bucket import Bucket
 from shared.config import Config
 from shared.errors import ConfigError
 from shared.keys import caption_key
 from shared.models import ModelSpec, spec_of_folder
 from shared.store_read import StoreReader, Text
 from tests.train.make import add_text_encoder, config, listed, make_model, make_run, make_store, trained
+from train.dryrun import text_cost
 from train.embedding import InputConcept, OutputConcept, first_rows
+from train.memory import plan_memory
 from train.model import TextBank, load_model, refuse_mismatch
 from train.sample import Start, first_noise, sample_range, scene_of
 from train.session import export_run, sample_latents, start
@@ -148,3 +151,19 @@ def test_what_cannot_be_is_refused_with_the_reason(made: Made, changes: dict[str
 def test_one_encoder_cannot_follow_two_experts(pair: Made) -> None:
     with pytest.raises(ConfigError, match="one after the other"):
         refuse_mismatch(config(pair[0], **WHOLE), pair[1])
+
+
+@pytest.mark.parametrize("changes", [INPUT, INPUT | {"text_encoder": {"weight_dtype": "NFLOAT_4"}}, WHOLE])
+def test_the_plan_counts_the_encoder_that_is_loaded(made: Made, changes: dict[str, Any]) -> None:
+    settings = config(made[0], **changes)
+    encoder, cost = load_encoder(made[1], settings, CPU), text_cost(made[1], settings)
+    parts = [*encoder.stack.parameters(), *encoder.stack.buffers()]
+    assert cost.weights == sum(part.nbytes for part in parts)
+    assert cost.table == encoder.table_Vd.nbytes
+    assert list(cost.trained) == ([part.shape for part in encoder.parameters().values()] if changes is WHOLE else [])
+
+
+def test_the_plan_of_a_run_with_the_encoder_needs_more(made: Made) -> None:
+    plans = [plan_memory(config(made[0], **INPUT | {"embedding": {"kind": kind}}), made[1], Bucket(9, 32, 32), None)
+             for kind in ("OUTPUT", "INPUT")]  # fmt: skip
+    assert plans[1].need > plans[0].need and plans[1].ram > plans[0].ram and plans[1].step_flops > plans[0].step_flops
