@@ -6,6 +6,7 @@ Output: OUT/data (links to the user's files; what is in a tar is unpacked) and O
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +31,7 @@ def import_foreign(path: Path, out: Path) -> list[str]:
     Raises DatasetError when the file is none of KINDS, names what is not there, or OUT is in use.
     """
     reading = read_foreign(path)
+    reading.parts = [placed(part, reading.parts) for part in reading.parts]
     if out.exists():
         raise DatasetError(f"OUT={out} exists; remove it, or choose another with --out")
     config, refused = settings_of(reading)
@@ -68,6 +70,14 @@ def read_foreign(path: Path) -> Reading:
     raise DatasetError(f"{path}: none of the kinds that can be read: {KINDS}")
 
 
+def placed(part: Part, parts: list[Part]) -> Part:
+    """A folder inside another one that is linked keeps its place there: files are found once."""
+    for other in parts:
+        if part.folder and other.folder and other.folder in part.folder.parents:
+            return replace(part, name=f"{other.name}/{part.folder.relative_to(other.folder).as_posix()}")
+    return part
+
+
 def path_is_tar(reading: Reading) -> bool:
     """Whether files were copied out of tars."""
     return any(part.tar for part in reading.parts)
@@ -102,6 +112,8 @@ def checked(layer: dict[str, Any]) -> Config:
 
 def write_part(folder: Path, part: Part) -> None:
     """One dataset as a sub-folder of data/."""
+    if part.folder is not None and "/" in part.name:
+        return  # it is in a linked one
     if part.folder is not None:
         folder.symlink_to(part.folder, target_is_directory=True)
     elif part.tar is not None:

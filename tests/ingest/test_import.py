@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -297,6 +298,14 @@ def test_two_files_of_one_name_and_one_folder_named_twice(root: Path) -> None:
     assert captions(index) == {"both/a.mp4": (("dogs",), 1, False), "both/a_2.mp4": (("cats",), 1, False)}
     twice = '[[directory]]\npath = "dogs"\nnum_repeats = 3\n' * 2
     (root / "twice.toml").write_text(twice)
+    make_dataset(root / "dogs" / "old", {"c.mp4": "an old dog"}, seed=40)
+    nested = '[[directory]]\npath = "dogs/old"\nnum_repeats = 7\n[[directory]]\npath = "dogs"\nnum_repeats = 2\n'
+    shutil.rmtree(root / "out")
+    assert captions(imported(root, "nested.toml", nested)[2]) == {
+        "dogs/a.mp4": (("a dog runs",), 2, False),
+        "dogs/b.mp4": (("a dog sits",), 2, False),
+        "dogs/old/c.mp4": (("an old dog",), 7, False),
+    }
     assert any("dogs is named twice" in line for line in import_foreign(root / "twice.toml", root / "out2"))
 
 
