@@ -46,7 +46,8 @@ def import_foreign(path: Path, out: Path) -> list[str]:
         f"{path}: {reading.kind}, {counted(len(reading.parts), 'dataset')}: {', '.join(p.name for p in reading.parts)}"
     ]
     lines += [f"set {key}={json.dumps(value, ensure_ascii=False)}" for key, value in sorted(reading.settings.items())]
-    lines += [f"no equivalent: {line}" for line in (*reading.left, *refused)]
+    several = [line for part in reading.parts if part.folder for line in several_lines(part.name, part.folder)]
+    lines += [f"no equivalent: {line}" for line in (*reading.left, *refused, *several)]
     lines.append(f"wrote {out / 'config.json'} and {out / 'data'} ({'unpacked' if path_is_tar(reading) else 'links'})")
     return [*lines, f"next: make ingest DATA={out / 'data'} CONFIG={out / 'config.json'}"]
 
@@ -76,6 +77,12 @@ def placed(part: Part, parts: list[Part]) -> Part:
         if part.folder and other.folder and other.folder in part.folder.parents:
             return replace(part, name=f"{other.name}/{part.folder.relative_to(other.folder).as_posix()}")
     return part
+
+
+def several_lines(name: str, folder: Path) -> list[str]:
+    """A line on captions that are several here; other trainers take the whole text as one."""
+    count = sum(len(text.read_bytes().splitlines()) > 1 for text in folder.glob("*.txt"))
+    return [f"{name}: {counted(count, '.txt file')} of several lines; here each line is a caption"] if count else []
 
 
 def path_is_tar(reading: Reading) -> bool:

@@ -168,12 +168,13 @@ def captions(index: Index) -> dict[str, tuple[tuple[str, ...], int, bool]]:
 
 
 def test_musubi(root: Path) -> None:
+    (root / "dogs" / "b.txt").write_text("a dog sits\na dog is brown\n")
     config, said, index = imported(root, "dataset.toml", MUSUBI)
     assert (config.resolution, config.frames, config.windows_per_clip, config.batch_size) == ("723", 45, 3, 2)
     assert captions(index) == {
         "cats/a.mp4": (("a cat runs",), 1, False),
         "dogs/a.mp4": (("a dog runs",), 4, False),
-        "dogs/b.mp4": (("a dog sits",), 4, False),
+        "dogs/b.mp4": (("a dog sits", "a dog is brown"), 4, False),
     }
     left = [line.removeprefix("no equivalent: ") for line in said if line.startswith("no equivalent")]
     assert left == [
@@ -185,6 +186,7 @@ def test_musubi(root: Path) -> None:
         "datasets[1].frame_extraction gives windows_per_clip='AUTO', but 3 holds for all datasets",
         "datasets[1].frame_extraction = 'chunk': here windows one after the other, at most 4 per clip",
         "datasets[1].bucket_no_upscale = True",
+        "dogs: 1 .txt file of several lines; here each line is a caption",
     ]
     assert said[-1] == f"next: make ingest DATA={root / 'out' / 'data'} CONFIG={root / 'out' / 'config.json'}"
     assert (root / "out" / "data" / "dogs").is_symlink(), "nothing is copied"
