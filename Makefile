@@ -18,7 +18,7 @@ config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag
 store_flags = --work "$$WORK" $(call flag,STORE,store)
 run_flag = $(call flag,RUN,run)
 
-.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export workflow publish test soak check fmt bench bench-gpu clean
+.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export embed workflow publish test soak check fmt bench bench-gpu clean
 
 help: ## this list
 	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
@@ -114,6 +114,9 @@ sample: $(READY) ## RUN=runs/... PROMPT="..." [IMAGE=first frame]: videos from a
 
 export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA: convert a finished run
 	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format) $(call flag,OUT,out)
+
+embed: $(READY) ## RUN=runs/... PROMPT="...": the prompt's embedding, with a learned concept, for diffusers
+	@$(PY) -m train embed $(run_flag) $(call flag,PROMPT,prompt) $(call flag,OUT,out)
 
 workflow: $(READY) ## RUN=runs/...: a ComfyUI workflow that loads the result
 	@$(PY) -m train workflow $(run_flag) $(call flag,OUT,out)

@@ -181,6 +181,20 @@ def sample(run: Path | None, out: Path | None, base: bool, ema: bool, **wish: An
 
 @main.command()
 @run_option
+@click.option("--prompt", required=True, help="What to show; a learned concept by its placeholder.")
+@click.option("--negative", default=None, help="What to avoid. [default: sample_negative_prompt]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: RUN/prompts/]")
+def embed(run: Path | None, prompt: str, negative: str | None, out: Path | None) -> None:
+    """Write a prompt's embedding, with what a run has learned of text, for diffusers' prompt_embeds."""
+    folder = named_run(run)
+    from train.embed import embed_run
+
+    for path in embed_run(folder, prompt, negative, out):
+        click.echo(f"wrote {path}")
+
+
+@main.command()
+@run_option
 @click.option("--format", "form", default="", help="COMFY_LORA, DIFFUSERS_LORA, KOHYA_LORA, DIFFUSERS, SAFETENSORS.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder. [default: the run folder]")
 def export(run: Path | None, form: str, out: Path | None) -> None:
