@@ -309,11 +309,9 @@ BUILT: dict[str, tuple[Any, ...]] = {
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "transformer.train": (True,),
-    "train_dtype": ("FLOAT_32", "BFLOAT_16"),
     "clip": ("GLOBAL",),
     "compile": (False,),
     "attention": ("AUTO", "SDPA"),
-    "optimizer.name": ("ADAMW", "ADAMW_8BIT", "ADAFACTOR", "PRODIGY", "CAME", "LION", "MUON"),
 }
 
 

@@ -49,7 +49,26 @@ def refuse_method_mismatch(config: Config) -> None:
             config.resume_from_adapter is not None and not (lora and plain),
         f"optimizer.rounding={rounding} is for trained weights in BFLOAT_16; use NEAREST":
             rounding != "NEAREST" and not (whole and storage == "BFLOAT_16"),
+        "transformer.weight_dtype=FLOAT_16: small updates of such weights vanish, and loss scaling cannot help; use "
+        "FLOAT_32": whole and storage == "FLOAT_16",
+        "text_encoder.weight_dtype=FLOAT_16: small updates of such weights vanish, and loss scaling cannot help; use "
+        "FLOAT_32": text.train and text.weight_dtype == "FLOAT_16",
     }  # fmt: skip
-    for message, contradicts in contradictions.items():
+    for message, contradicts in (contradictions | optimizer_contradictions(config)).items():
         if contradicts:
             raise ConfigError(message)
+
+
+def optimizer_contradictions(config: Config) -> dict[str, bool]:
+    """Settings that contradict the optimizer: what is wrong, and whether it is."""
+    settings = config.optimizer
+    free = settings.name == "SCHEDULE_FREE_ADAMW"
+    return {
+        f"lr_scheduler={config.lr_scheduler}: {settings.name} takes the place of a schedule; use CONSTANT":
+            free and config.lr_scheduler != "CONSTANT",
+        f"ema={config.ema}: {settings.name} averages the weights by itself; leave it at null":
+            free and config.ema is not None,
+        f"optimizer.rounding={settings.rounding}: {settings.name} keeps weights of its own; use NEAREST and "
+        "transformer.weight_dtype=FLOAT_32": free and settings.rounding != "NEAREST",
+        f"optimizer.beta1={settings.beta1}: {settings.name} averages with it; use 0.9": free and settings.beta1 == 0,
+    }  # fmt: skip

@@ -226,14 +226,20 @@ def _adapter(layer: Any) -> _Adapter | None:
 
 def _self_attention(attention: Any, hidden_BNd: Tensor, rope: Rope, fuse: bool) -> Tensor:
     query, key, value = linears(hidden_BNd, [attention.to_q, attention.to_k, attention.to_v], fuse)
-    query = _rotate(_heads(attention.norm_q(query), attention.heads), rope)
-    key = _rotate(_heads(attention.norm_k(key), attention.heads), rope)
+    query = _rotate(_heads(_rms_norm(query, attention.norm_q), attention.heads), rope)
+    key = _rotate(_heads(_rms_norm(key, attention.norm_k), attention.heads), rope)
     value = _heads(value, attention.heads)
     query, key, value = (_spans(part, rope.attention_span) for part in (query, key, value))
     if query.shape[1] == 1:  # one span: four dimensions reach the fast kernels
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
     mixed = F.scaled_dot_product_attention(query, key, value).transpose(-3, -2)
     return linears(mixed.reshape(hidden_BNd.shape[0], hidden_BNd.shape[1], -1), [attention.to_out[0]], fuse)[0]
+
+
+def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:
+    """In the dtype of its weight, which autocast leaves wider than what comes in; the result is as narrow as that."""
+    normed: Tensor = norm(hidden.to(norm.weight.dtype))
+    return normed.type_as(hidden)
 
 
 def _spans(states_BNHD: Tensor, tokens: int) -> Tensor:
@@ -245,7 +251,7 @@ def _spans(states_BNHD: Tensor, tokens: int) -> Tensor:
 def _cross_attention(attention: Any, hidden_BNd: Tensor, text: Text, fuse: bool) -> Tensor:
     (query,) = linears(hidden_BNd, [attention.to_q], fuse)
     key, value = linears(text.rows_BSd, [attention.to_k, attention.to_v], fuse)
-    parts = (attention.norm_q(query), attention.norm_k(key), value)
+    parts = (_rms_norm(query, attention.norm_q), _rms_norm(key, attention.norm_k), value)
     query, key, value = (_heads(part, attention.heads).transpose(1, 2) for part in parts)
     bias = None if text.bias_B11S is None else text.bias_B11S.to(query.dtype)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)

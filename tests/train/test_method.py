@@ -16,8 +16,11 @@ from shared.errors import StoreError
 from shared.keys import caption_key
 from shared.models import ModelSpec, spec_of_folder
 from shared.store_read import StoreReader
+from shared.weights import load_transformer
 from tests.train.children import child
 from tests.train.make import add_text_encoder, config, events, listed, make_model, make_run, make_store, trained
+from train import checkpoint
+from train.adapter import add_adapter
 from train.embedding import OutputConcept, first_rows
 from train.rounding import Rounded, round_stochastic
 from train.session import start
@@ -28,13 +31,18 @@ CONCEPT: dict[str, Any] = {"placeholder": "<zorb>", "initial_text": "a thing", "
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 0.01},
     "dora": {"peft_type": "DORA", "learning_rate": 0.01, "lora_dropout": 0.2},
+    "loha": {"peft_type": "LOHA", "learning_rate": 0.02},
     "lokr": {"peft_type": "LOKR", "learning_rate": 0.02},
     "8-bit": {"learning_rate": 0.01, "optimizer": {"name": "ADAMW_8BIT"}, "lora_rank": 32},
     "lion": {"learning_rate": 0.003, "optimizer": {"name": "LION"}},
     "prodigy": {"learning_rate": 1.0, "optimizer": {"name": "PRODIGY"}},
     "came": {"learning_rate": 0.003, "optimizer": {"name": "CAME"}},
+    "schedule-free": {"learning_rate": 0.02, "optimizer": {"name": "SCHEDULE_FREE_ADAMW"}},
+    "half": {"learning_rate": 0.01, "train_dtype": "FLOAT_16", "transformer": {"weight_dtype": "FLOAT_16"}},
     "muon": {"learning_rate": 0.05, "optimizer": {"name": "MUON"}},
     "fine-tune": {"training_method": "FINE_TUNE", "output_model_format": "SAFETENSORS", "learning_rate": 3e-3},
+    "half fine-tune": {"training_method": "FINE_TUNE", "output_model_format": "SAFETENSORS", "learning_rate": 3e-3,
+                       "train_dtype": "FLOAT_16", "transformer": {"weight_dtype": "FLOAT_32"}},
     "stochastic": {"training_method": "FINE_TUNE", "output_model_format": "DIFFUSERS", "learning_rate": 3e-3,
                    "transformer": {"weight_dtype": "BFLOAT_16"}, "train_dtype": "BFLOAT_16",
                    "optimizer": {"rounding": "STOCHASTIC"}},
@@ -81,6 +89,27 @@ def test_a_method_lowers_the_held_out_loss_and_resumes_bit_equal(zorbs: Made, tm
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert events(whole) == events(broken)
     assert list(whole.folder.glob("whole*"))
+
+
+def test_looking_at_a_schedule_free_run_changes_nothing_and_its_results_are_the_averages(
+    zorbs: Made, tmp_path: Path
+) -> None:
+    model, _, store = zorbs
+    base = METHODS["schedule-free"] | {"max_steps": 6, "lr_scheduler": "CONSTANT", "output_dtype": "FLOAT_32"}
+    seldom, often = (make_run(tmp_path / name, config(model, **base, validate_after=every, backup_after=every), store)
+                     for name, every in (("seldom", 6), ("often", 1)))  # fmt: skip
+    for run in (seldom, often):
+        start(run, finished=False)
+    for kind in ("weights", "training"):
+        ours, theirs = trained(seldom, kind=kind), trained(often, kind=kind)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    state = checkpoint.read_optimizer(checkpoint.latest(often.folder) or Path())["state"]
+    result = load_file(often.folder / "often.safetensors")
+    names = list(add_adapter(load_transformer(often.spec, "single", torch.float32), often.config, 0))
+    for number, name in enumerate(names):  # y = (1 - beta1) z + beta1 x (arXiv 2405.15682, equation 3)
+        expected = 0.1 * state[number]["z"] + 0.9 * trained(often)[name]
+        torch.testing.assert_close(trained(often, kind="training")[name], expected, rtol=1e-4, atol=1e-6)
+    assert any(torch.equal(value, used) for value in result.values() for used in trained(often).values())
 
 
 def test_an_embedding_file_says_how_to_use_it(zorbs: Made, tmp_path: Path) -> None:

@@ -148,7 +148,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA", "output_model_format": "DIFFUSERS_LORA"}, "cannot hold peft_type=LOHA"),
     ({"optimizer": {"rounding": "KAHAN"}}, "BFLOAT_16"),
     ({"training_method": "FINE_TUNE", "transformer": {"weight_dtype": "FLOAT_8"}}, "updates the weights"),
-]
+    ({"training_method": "FINE_TUNE", "output_model_format": "SAFETENSORS", "train_dtype": "FLOAT_16",
+      "transformer": {"weight_dtype": "FLOAT_16"}}, "small updates of such weights vanish"),
+    ({"optimizer": {"name": "SCHEDULE_FREE_ADAMW"}, "lr_scheduler": "COSINE"}, "takes the place of a schedule"),
+    ({"optimizer": {"name": "SCHEDULE_FREE_ADAMW"}, "lr_scheduler": "CONSTANT", "ema": 0.9}, "averages the weights"),
+    ({"optimizer": {"name": "SCHEDULE_FREE_ADAMW", "beta1": 0.0}, "lr_scheduler": "CONSTANT"}, "averages with it"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS)
