@@ -1,7 +1,8 @@
 """A concept learned as four rows of text, the tiny model frozen: samples wear its colour, by the commands a user runs.
 
 No caption of the tiny model says pink. The measure is the demo's: the share of a sample's foreground in the concept's
-pink is at least PINK. (Its stripes are beyond a frozen model that has never drawn any.)
+pink is at least PINK. (Its stripes are beyond a frozen model that has never drawn any.) Seeds 0, 1, 2 gave 3, 3 and 4
+samples of 4 that show it, and none before; half of that is asked.
 """
 
 import json
@@ -47,6 +48,5 @@ def test_an_embedding_shows_its_concept(work: Path, seed: int) -> None:
     command("train", *config, "--run", run)
     shares = {name: [concept_share(read_mp4(run / "samples" / name / f"{name}_{number}.mp4"))[0] for number in range(4)]
               for name in ("before", "after")}  # fmt: skip
-    print(seed, shares)
     shown = {name: sum(share >= PINK for share in found) for name, found in shares.items()}
-    assert shown["before"] == 0 and shown["after"] >= 3, shares
+    assert shown["before"] == 0 and shown["after"] >= 2, shares

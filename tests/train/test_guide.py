@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shared.config import BUILT_TRAIN, Config
+from shared.config import Config
 from shared.errors import ConfigError
 from shared.geometry import geometry
 from shared.resolve import Choice, Resolved, resolve
@@ -14,9 +14,6 @@ from tests.train.guide import FRAGMENTS
 from train.explain import derived, settings
 from train.model import refuse_mismatch
 from train.run import resolve_for_train
-
-# what train itself refuses until it is built; ingest and encode accept it
-UNBUILT = {"text_encoder": "train"} if True not in BUILT_TRAIN.get("text_encoder.train", (True,)) else {}
 
 
 def layered(tmp_path: Path, preset: str, values: dict[str, Any], command: Any = resolve) -> Resolved:
@@ -27,9 +24,7 @@ def layered(tmp_path: Path, preset: str, values: dict[str, Any], command: Any = 
 
 @pytest.mark.parametrize(("section", "preset", "fragment"), FRAGMENTS, ids=[row[0].split("(")[0] for row in FRAGMENTS])
 def test_a_fragment_is_accepted_unchanged(section: str, preset: str, fragment: dict[str, Any], tmp_path: Path) -> None:
-    wants_text = bool(fragment.get("text_encoder", {}).get("train"))
-    command = resolve if UNBUILT and wants_text else resolve_for_train
-    resolved = layered(tmp_path, preset, fragment, command)
+    resolved = layered(tmp_path, preset, fragment, resolve_for_train)
     refuse_mismatch(resolved.config, resolved.spec)
     complete = resolved.config.model_dump(mode="json")
     for key, value in fragment.items():

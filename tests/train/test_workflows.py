@@ -10,7 +10,7 @@ from shared.config import Config
 from shared.keys import caption_key
 from shared.models import ModelSpec, spec_of_folder
 from shared.resolve import Choice, resolve
-from tests.train.make import events, listed, make_model, make_run, make_store
+from tests.train.make import add_text_encoder, events, listed, make_model, make_run, make_store
 from train.explain import derived, settings
 from train.run import resolve_for_train
 from train.session import start
@@ -24,9 +24,9 @@ CHARACTER = {"training_method": "LORA", "batch_size": 1, "learning_rate": 3e-4, 
              "frames": 8, "video_config": CHARACTER_VIDEO}  # fmt: skip
 STYLE = {"training_method": "LORA", "batch_size": 2, "learning_rate": 2e-4, "epochs": 20, "resolution": "512",
          "frames": 16, "video_config": STYLE_VIDEO}  # fmt: skip
-# the guide's also trains the text encoder, which is refused until it is built
 DOMAIN = {"training_method": "FINE_TUNE", "batch_size": 2, "learning_rate": 1e-4, "epochs": 30, "resolution": "512",
-          "frames": 16, "transformer": {"train": True, "learning_rate": 1e-4}}  # fmt: skip
+          "frames": 16, "transformer": {"train": True, "learning_rate": 1e-4},
+          "text_encoder": {"train": True, "learning_rate": 5e-5}}  # fmt: skip
 CONCEPT = {"training_method": "EMBEDDING", "batch_size": 4, "learning_rate": 1e-3, "embedding_learning_rate": 5e-3,
            "epochs": 50, "resolution": "512", "frames": 12}  # fmt: skip
 WORKFLOWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,7 +53,7 @@ def test_a_workflow_resolves_at_full_size(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_trains_with_model_and_sizes_swapped(name: str, tmp_path: Path) -> None:
     preset, values = WORKFLOWS[name]
-    model = make_model(tmp_path / "model", num_attention_heads=4, attention_head_dim=16, ffn_dim=128)
+    model = add_text_encoder(make_model(tmp_path / "model", num_attention_heads=4, attention_head_dim=16, ffn_dim=128))
     spec: ModelSpec = spec_of_folder(model)
     small = {"base_model_name": str(model), "resolution": "32x32", "frames": 9, "max_steps": 2}
     (tmp_path / "my.json").write_text(json.dumps(values | small))
