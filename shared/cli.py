@@ -90,7 +90,9 @@ def config_options(command: Command) -> Command:
             click.option("--preset", help="A complete config in shared/presets, such as 8gb, 16gb, 24gb, cpu, demo."),
             click.option("--config", type=click.Path(path_type=Path), help="JSON file laid over the preset."),
             click.option(
-                "--model", help="Short for base_model_name: ti2v-5b, t2v-a14b, i2v-a14b, tiny, a Hub id, a folder."
+                "--model",
+                help="Short for base_model_name: ti2v-5b, t2v-a14b, i2v-a14b, tiny, a Hub id, a folder, "
+                "DIT.safetensors, or HIGH.safetensors,LOW.safetensors.",
             ),
             click.option("--set", "set_", default="", help='Settings laid over all, such as "batch_size=1 seed=3".'),
         )

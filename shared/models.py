@@ -193,7 +193,7 @@ def model_spec(base_model_name: str) -> ModelSpec:
     """
     if is_file_name(base_model_name):
         files = dit_files(base_model_name)
-        return replace(spec_of_folder(dit_folder(files)), near=str(files[0]))
+        return _spec_of_files(files, tuple(path.stat().st_mtime_ns for path in files))
     short = ALIASES.get(base_model_name.lower(), base_model_name.lower())
     if short in SPECS:
         return SPECS[short]
@@ -210,6 +210,14 @@ def model_spec(base_model_name: str) -> ModelSpec:
     near = difflib.get_close_matches(base_model_name.lower(), names, n=1)
     hint = f"did you mean {near[0]}?" if near else "give one of them, or a folder in diffusers layout"
     raise ModelError(f"base_model_name {base_model_name!r} is none of {', '.join(names)}, nor a folder; {hint}")
+
+
+@lru_cache(maxsize=4)
+def _spec_of_files(files: tuple[Path, ...], changed: tuple[int, ...]) -> ModelSpec:
+    """Spec of DiT files; `changed`: when, as part of the cache's key."""
+    del changed
+    spec = spec_of_folder(dit_folder(files))
+    return replace(spec, near=str(files[0]), name=spec.name if spec.name in SPECS else files[0].stem)
 
 
 @lru_cache(maxsize=4)

@@ -78,6 +78,15 @@ def base_adapters(config: Config, expert: str) -> tuple[tuple[Path, float], ...]
     return found
 
 
+def refuse_missing(config: Config, experts: Iterable[str]) -> None:
+    """Raise ConfigError for an adapter that is not there, before anything is loaded."""
+    for expert in experts:
+        base_adapters(config, expert)
+        wanted = config.expert in ("both", expert)
+        if config.resume_from_adapter and wanted and not (path := adapter_path(config, expert)).is_file():
+            raise ConfigError(f"resume_from_adapter: {path}: no such file; give the path of a .safetensors adapter")
+
+
 def read_adapter(path: Path, setting: str) -> AdapterFile:
     """The tensors of an adapter by module; raises RunError when the file is none."""
     try:

@@ -166,7 +166,7 @@ def model(spec: ModelSpec) -> Finding:
         missing = [part for _, part in spec.expert_folders if not any((folder / part).glob("*.safetensors"))]
         if missing:
             return Finding("error", f"{folder} has no weights in {', '.join(missing)}/; download the model again")
-        return Finding("ok", f"model {spec.name}: {folder}")
+        return Finding("ok", f"model {spec.name}: {Path(spec.source).expanduser()}")
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(spec.repo, f"{spec.expert_folders[0][1]}/config.json")

@@ -16,7 +16,7 @@ from shared.models import ModelSpec
 from shared.store_read import StoreReader
 from shared.store_read import Text as StoredText
 from shared.weights import torch_dtype
-from train.adapter_file import base_adapters
+from train.adapter_file import base_adapters, refuse_missing
 from train.condition import concat_mask
 from train.contradictions import refuse_contradictions
 from train.flow import wide
@@ -138,6 +138,5 @@ class TextBank:
 
 def refuse_mismatch(config: Config, spec: ModelSpec) -> None:
     """Settings that contradict the model, and adapters that are not there."""
-    for expert in spec.experts:
-        base_adapters(config, expert)
+    refuse_missing(config, spec.experts)
     refuse_contradictions(config, spec)

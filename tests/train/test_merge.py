@@ -168,6 +168,8 @@ def test_results_say_what_was_merged_and_a_run_keeps_it(single: Made, tmp_path: 
 def test_adapters_of_other_models_and_broken_ones_are_refused(single: Made, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         refuse_mismatch(merged_with(single, "nowhere.safetensors"), single[1])
+    with pytest.raises(ConfigError, match="resume_from_adapter: nowhere"):
+        refuse_mismatch(config(single[0], resume_from_adapter="nowhere.safetensors"), single[1])
 
     def refused(match: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
         save_file(tensors, tmp_path / "x.safetensors", metadata)
