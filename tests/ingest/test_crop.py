@@ -10,11 +10,17 @@ from PIL import Image
 from ingest.__main__ import bundled_ffmpeg
 from ingest.crop import STEPS, busiest, is_choice, middle, strips_of
 from ingest.cut import Window
-from ingest.focus import FocusJob, find_focus
+from ingest.decide import Source, decide
+from ingest.discover import Found
+from ingest.focus import FocusJob, check, find_focus
 from ingest.frames import frames_at
-from ingest.probe import probe
-from ingest.runner import Runner
-from tests.ingest.make import BT709, Frames, moving_square, pixels_of, run_ffmpeg, run_ingest, write_video
+from ingest.ledger import Learned, Ledger, read_ledger, write_ledger
+from ingest.plan import Planner
+from ingest.probe import Unlucky, probe
+from ingest.runner import Runner, Stopped
+from shared.geometry import geometry
+from shared.resolve import Choice, resolve
+from tests.ingest.make import BT709, SMALL, Frames, moving_square, pixels_of, run_ffmpeg, run_ingest, write_video
 
 WHOLE = Fraction(0), Fraction(1)
 FREE = "gates.frozen=null gates.min_motion=null gates.near_duplicate=null gates.min_sharpness=null"
@@ -162,6 +168,27 @@ def test_it_is_looked_for_once_and_found_alike_everywhere(tmp_path: Path, monkey
     assert together == alone[0] | alone[1] | alone[2], "a window has the energy that it has in company"
     monkeypatch.setattr("ingest.__main__.run_jobs", None)
     assert run_ingest(tmp_path / "data", tmp_path / "work", settings) == first
+
+
+def test_a_stopped_look_records_nothing_and_a_slow_one_costs_the_clip_for_this_run(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a_wall.mp4", scene(164))
+    source = Source(Found("a_wall.mp4", ("a wall",)), path, "sha", probe(path))
+    resolved = resolve(Choice(preset="cpu", set=f"{SMALL} resolution=64x64 crop=smart"))
+    planner, ledger = Planner(resolved.config, geometry(resolved.config, resolved.spec)), Ledger()
+    (job,) = decide([source], planner, ledger, set()).jobs
+    assert isinstance(job, FocusJob)
+    runner = Runner(bundled_ffmpeg(), tmp_path)
+    with pytest.raises(Unlucky, match="took too long"):
+        check(runner, give_up=0.0)
+    runner.stopping.set()
+    with pytest.raises(Stopped):
+        find_focus(job, runner)
+    assert not list(tmp_path.glob("*.json"))
+    ledger.learn("sha", Learned.without(job.names, Unlucky("took too long to look at")))
+    decision = decide([source], planner, ledger, set())
+    assert ([drop.reason for drop in decision.dropped], decision.jobs) == (["took too long to look at"], [])
+    write_ledger(tmp_path, ledger)
+    assert decide([source], planner, read_ledger(tmp_path), set()).jobs == [job]
 
 
 def test_a_source_that_needs_no_cut_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
