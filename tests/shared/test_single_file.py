@@ -322,3 +322,22 @@ def test_a_file_says_its_config_where_shapes_do_not(tmp_path: Path) -> None:
         {"transformer_config": '{"attention_head_dim": 12, "num_attention_heads": 2}'},
     )
     assert same(load_transformer(model_spec(str(tmp_path / "b.safetensors")), "single", torch.float32), model)
+
+
+def test_a_hub_id_outside_the_table_is_known_by_its_config_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in the Hub's cache on this disk; a name that is nowhere is told both ways out."""
+    folder, commit = tmp_path / "hub" / "models--someone--Wan-bf16", "0" * 40
+    snapshot = folder / "snapshots" / commit
+    dit(num_attention_heads=24, in_channels=48, out_channels=48, num_layers=1).save_config(snapshot / "transformer")
+    (snapshot / "vae").mkdir()
+    (snapshot / "vae" / "config.json").write_text('{"z_dim": 48, "scale_factor_spatial": 16}')
+    (snapshot / "model_index.json").write_text('{"expand_timesteps": true}')
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    spec = model_spec("someone/Wan-bf16")
+    assert (spec.name, spec.repo, spec.image_condition) == ("ti2v-5b", "someone/Wan-bf16", "first_frame")
+    with pytest.raises(ModelError, match=r"no such folder here, and it cannot be downloaded"):
+        model_spec("someone/Other")

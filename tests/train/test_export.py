@@ -239,3 +239,28 @@ def test_kohyas_form_of_the_other_kinds_holds_the_same_tensors(single: Made, pef
     facts = describe(settings, single[1], "single", 1, "data")
     assert facts["ss_network_module"] == ("networks.lora" if peft_type == "DORA" else "lycoris.kohya")
     assert peft_type == "DORA" or json.loads(facts["ss_network_args"]) == {"algo": peft_type.lower()}
+
+
+def test_a_pair_of_files_loads_into_both_experts_of_stock_diffusers(pair: Made, tmp_path: Path) -> None:
+    """`load_into_transformer_2` takes the low-noise file; each expert then gives what it gave in training."""
+    settings = config(pair[0], lora_alpha=6.0)
+    run = make_run(tmp_path / "run", settings, pair[2])
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    experts = [WanTransformer3DModel.from_pretrained(pair[0] / part) for part in ("transformer", "transformer_2")]
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(),
+                       transformer=experts[0], transformer_2=experts[1], boundary_ratio=0.875)  # fmt: skip
+    wanted = []
+    for number, expert in enumerate(("high_noise", "low_noise")):
+        model = load_model(pair[1], expert, settings, CPU)
+        tensors = add_adapter(model.transformer, settings, number)
+        torch.manual_seed(number)
+        for value in tensors.values():
+            value.data += 0.2 * torch.randn_like(value)
+        plain = {name: value.detach() for name, value in tensors.items()}
+        (path,) = write_result(tmp_path, "a", (run, expert, "COMFY_LORA"), plain, {"format": "pt"})
+        assert path.name == f"a_{expert}.safetensors"
+        pipe.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name=expert,
+                               load_into_transformer_2=bool(number))  # fmt: skip
+        wanted.append(ours(model))
+    for transformer, output in zip(experts, wanted, strict=True):
+        torch.testing.assert_close(stock(transformer), output, rtol=1e-5, atol=1e-5)
