@@ -36,14 +36,17 @@ def assert_same_runs(ours: Run, theirs: Run, experts: tuple[str, ...]) -> None:
     assert events(ours) == events(theirs)
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 6))])
 @pytest.mark.parametrize("experts", [("single",), ("high_noise", "low_noise")])
-def test_killed_at_random_moments_a_run_ends_bit_equal(mixed: Made, pair: Made, tmp_path: Path, experts: Any) -> None:
+def test_killed_at_random_moments_a_run_ends_bit_equal(
+    mixed: Made, pair: Made, tmp_path: Path, experts: Any, seed: int
+) -> None:
     model, _, store = mixed if len(experts) == 1 else pair
     settings = config(model, **BASE)
     whole, broken = (make_run(tmp_path / name, settings, store) for name in ("whole", "broken"))
     began = time.monotonic()
     start(whole, finished=False)
-    length, dice = time.monotonic() - began, random.Random(len(experts))
+    length, dice = time.monotonic() - began, random.Random(f"{seed} {experts}")
     for _ in range(4):
         process = child(broken)
         time.sleep(dice.uniform(0.1, 1.2) * length)
