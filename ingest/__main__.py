@@ -31,7 +31,7 @@ from shared.errors import DatasetError
 from shared.files import PART, read_json, sweep_partials, write_json
 from shared.geometry import geometry
 from shared.progress import progress
-from shared.resolve import Choice, resolve, to_json
+from shared.resolve import Choice, Resolved, resolve, save_config
 from shared.shards import Drop, Index, ShardRecord, index_path, read_index, shard_folder, write_index
 
 STRETCHED = "video_config.stretch: each sample shows a whole clip, so motion is faster or slower than it was"
@@ -113,7 +113,7 @@ def ingest(order: Order) -> None:
         pack_samples(order, decision, shards, config.shard_megabytes)
         index = build_index(dataset_id(order.work), config, sources, decision, list(shards.values()))
         remarks = lint({source.found.path: source.found.captions for source in sources})
-        publish(order.work, index, old, to_json(config), remarks)
+        publish(order.work, index, old, resolved, remarks)
     click.echo(summary(index, remarks, scaled_up(decision), order.work / "report.html"))
     if not index.samples:
         raise DatasetError(f"nothing of DATA={order.data} is left to train on; the reasons are above and in "
@@ -251,11 +251,9 @@ def dataset_id(work: Path) -> str:
     return str(read_json(path)["id"])
 
 
-def publish(
-    work: Path, index: Index, old: Index | None, config: dict[str, object], remarks: dict[str, list[str]]
-) -> None:
+def publish(work: Path, index: Index, old: Index | None, resolved: Resolved, remarks: dict[str, list[str]]) -> None:
     """Write config, report and, last, the index; then remove what it does not name."""
-    write_json(work / "config.json", config)
+    save_config(work / "config.json", resolved)
     if index != old or not (work / "report.html").is_file():
         write_report(work, index, remarks)
         write_index(work, index)

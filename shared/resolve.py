@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from shared.config import BUILT, Config, leaf_keys
 from shared.errors import ConfigError
+from shared.files import write_json
 from shared.models import ModelSpec, model_spec
 from shared.spellings import respelled
 from shared.weights import with_parts
@@ -87,9 +88,41 @@ def resolve(choice: Choice, work_config: Path | None = None) -> Resolved:
         layer = respelled(written, name)
         merge(values, layer)
         sources |= {key: name for key in leaves_of(layer) if key in sources}
+        if work_config is not None and name == str(work_config):
+            sources |= remembered(work_config, layer)
     config = validate(values, sources)
     refuse_unbuilt(config, sources)
     return Resolved(config, sources)
+
+
+def save_config(path: Path, resolved: Resolved) -> None:
+    """Write a complete config, and beside it where each value came from, so that later commands can say."""
+    values = to_json(resolved.config)
+    write_json(path, values)
+    told = {key: source.removesuffix(f", by way of {path}") for key, source in resolved.sources.items()}
+    write_json(origins_of(path), {key: {"source": told[key], "value": value_in(values, key)} for key in told})
+
+
+def origins_of(path: Path) -> Path:
+    """File beside a saved config that tells where its values came from."""
+    return path.with_name(f"{path.stem}_sources.json")
+
+
+def remembered(path: Path, layer: dict[str, Any]) -> dict[str, str]:
+    """Source of each value of a saved config that is still what was saved; what was edited has the file as source."""
+    if not origins_of(path).is_file():
+        return {}
+    known = read_layer(origins_of(path))
+    same = [key for key in leaves_of(layer) if key in known and value_in(layer, key) == known[key]["value"]]
+    return {key: f"{known[key]['source']}, by way of {path}" for key in same}
+
+
+def value_in(layer: dict[str, Any], key: str) -> Any:
+    """Value of a dotted key in plain values; None where there is none."""
+    value: Any = layer
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def ingested_model(work_config: Path | None) -> list[tuple[str, dict[str, Any]]]:

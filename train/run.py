@@ -13,7 +13,7 @@ from shared.config import BUILT_TRAIN, Config
 from shared.errors import RunError, StoreError
 from shared.files import read_json, write_json
 from shared.models import ModelSpec
-from shared.resolve import Choice, Resolved, preset_path, refuse_unbuilt, resolve, to_json, value_at
+from shared.resolve import Choice, Resolved, preset_path, refuse_unbuilt, resolve, save_config, to_json, value_at
 from shared.shards import index_path
 from shared.store_copy import local_store
 
@@ -179,7 +179,7 @@ def check_changes(run: Run) -> list[str]:
 def start_folder(run: Run, data: str) -> list[str]:
     """Make the run folder, or check that this config may go on with it; returns remarks."""
     remarks = check_changes(run) if is_run(run.folder) else []
-    write_json(run.folder / "config.json", to_json(run.config))
+    save_config(run.folder / "config.json", run.resolved)
     facts = {"stores": [str(store.absolute()) for store in run.stores], "work": str(run.work.absolute()), "data": data}
     write_json(run.folder / "run.json", facts)
     (run.folder / "done").unlink(missing_ok=True)

@@ -9,7 +9,17 @@ from shared.config import BUILT, Config, leaf_keys
 from shared.errors import ConfigError
 from shared.geometry import geometry
 from shared.models import SPECS
-from shared.resolve import PRESET_ALIASES, PRESETS, Choice, preset_names, preset_path, resolve, to_json, value_at
+from shared.resolve import (
+    PRESET_ALIASES,
+    PRESETS,
+    Choice,
+    preset_names,
+    preset_path,
+    resolve,
+    save_config,
+    to_json,
+    value_at,
+)
 
 PRESET_NAMES = ["16gb", "24gb", "24gb-finetune", "48gb", "8gb", "cpu", "demo", "embedding"]
 
@@ -115,3 +125,19 @@ def _wanted(spatial: int, temporal: int) -> Config:
 def test_the_smaller_of_frames_and_max_frames_counts() -> None:
     config = Config.model_validate({"frames": 33, "video_config": {"max_frames": 16}})
     assert geometry(config, SPECS["ti2v-5b"]).num_frames == 17
+
+
+def test_a_saved_config_remembers_where_its_values_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    save_config(path, resolve(Choice(preset="8gb", set="seed=3 video_config.max_frames=9")))
+    for _ in range(2):  # saved again by the next command, as it is
+        again = resolve(Choice(set="epochs=4"), path)
+        told = {key: again.sources[key] for key in ("seed", "lora_rank", "video_config.max_frames", "epochs")}
+        assert told == {"seed": f"SET, by way of {path}", "lora_rank": f"preset 8gb, by way of {path}",
+                        "video_config.max_frames": f"SET, by way of {path}", "epochs": "SET"}  # fmt: skip
+        save_config(path, resolve(Choice(), path))
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
+    edited = resolve(Choice(), path)
+    assert edited.config.seed == 4 and edited.sources["seed"] == str(path)
+    assert edited.sources["lora_rank"] == f"preset 8gb, by way of {path}"
+    assert resolve(Choice(preset="16gb"), path).sources["lora_rank"] == "preset 16gb"

@@ -1,0 +1,51 @@
+"""What `explain` says is what a run does: sources of values, sizes, batches, steps, experts."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from shared.config import leaf_keys
+from shared.models import ModelSpec
+from shared.resolve import Choice, resolve, save_config
+from tests.train.make import config, events, make_run
+from train.__main__ import main
+from train.data import load_step
+from train.explain import plan_lines
+from train.flow import SigmaLaw
+from train.session import open_data, start
+
+Made = tuple[Path, ModelSpec, Path]
+
+
+def test_every_setting_is_told_with_its_source_after_ingest_too(single: Made, tmp_path: Path) -> None:
+    save_config(tmp_path / "config.json", resolve(Choice(preset="demo", model=str(single[0]), set="frames=12")))
+    told = CliRunner().invoke(main, ["explain", "--work", str(tmp_path), "--set", "seed=7"], catch_exceptions=False)
+    lines = {line.split()[0]: line for line in told.output.splitlines() if line}
+    by_way = f", by way of {tmp_path / 'config.json'}"
+    assert set(leaf_keys()) <= set(lines)
+    assert lines["seed"].endswith(" SET") and lines["frames"].endswith(f" SET{by_way}")
+    assert lines["lora_rank"].endswith(f" preset demo{by_way}") and lines["base_model_name"].endswith(f" MODEL{by_way}")
+    assert "clips: 13 frames" in told.output  # brought to 4n+1
+
+
+@pytest.mark.parametrize("batch_size", [4, 3])
+def test_batches_and_steps_are_those_of_the_run(mixed: Made, tmp_path: Path, batch_size: int) -> None:
+    changes: dict[str, Any] = {"batch_size": batch_size, "max_steps": None, "epochs": 2, "resolution": "32x32,48x32",
+                               "video_config": {"video_batch_size_multiplier": 0.5}}  # fmt: skip
+    run = make_run(tmp_path / "run", config(mixed[0], **changes), mixed[2])
+    data, plan = open_data(run.resolved, run.stores, run.work)
+    text = "\n".join(plan_lines(run.resolved, data, plan))
+    start(run, finished=False)
+    steps = sum(row["event"] == "step" for row in events(run))
+    assert f"steps: {steps}, {steps // 2} per epoch" in text
+    for step in range(steps // 2):
+        parts = load_step(data.reader, run.config, SigmaLaw("UNIFORM", 1.0), step, plan.batch(step))
+        (line,) = re.findall(rf"^size {parts[0].bucket}: .*$", text, re.M)
+        batch = int(re.findall(r"batches of (\d+)", line)[0])
+        last = int((re.findall(r"the last of (\d+)", line) or [batch])[0])
+        at_once = int((re.findall(r"computed (\d+) at a time", line) or [batch])[0])
+        assert sum(len(part.captions) for part in parts) in (batch, last)
+        assert max(len(part.captions) for part in parts) <= at_once
