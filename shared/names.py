@@ -1,7 +1,8 @@
 """Names of weights in Wan's own code and in diffusers. Input: a name, without prefix. Output: the other's name.
 
 Written from the module structure of Wan-Video/Wan2.2 (`wan/modules/model.py`, `vae2_1.py`, `vae2_2.py`) and diffusers
-(`transformer_wan.py`, `autoencoder_kl_wan.py`). UMT5 needs none: repackaged files keep the names of transformers.
+(`transformer_wan.py`, `autoencoder_kl_wan.py`). UMT5 has transformers' names in ComfyUI's files and those of
+`wan/modules/t5.py` in others.
 """
 
 import re
@@ -47,6 +48,27 @@ VAE_PARTS = (
     ("decoder.head.0", "decoder.norm_out"),
     ("decoder.head.2", "decoder.conv_out"),
 )
+
+
+# original -> transformers, inside a block of UMT5
+TEXT_PARTS = {
+    "norm1": "layer.0.layer_norm",
+    "norm2": "layer.1.layer_norm",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+    **{f"attn.{name}": f"layer.0.SelfAttention.{name}" for name in "qkvo"},
+}
+TEXT_ENDS = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+
+
+def text_name(name: str) -> str:
+    """Name in transformers of a weight of UMT5, given its original one; a name of transformers stays as it is."""
+    if found := re.fullmatch(r"blocks\.(\d+)\.(.*)\.(\w+)", name):
+        number, part, last = found.groups()
+        return f"encoder.block.{number}.{TEXT_PARTS.get(part, part)}.{last}"
+    return TEXT_ENDS.get(name, name)
 
 
 def replace_part(name: str, old: str, new: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from shared.errors import ModelError
 from shared.files import write_json
 from shared.keys import fingerprint
-from shared.names import diffusers_name, vae_renamer, without_prefix
+from shared.names import diffusers_name, text_name, vae_renamer, without_prefix
 from shared.tensors import Entry, Header, places_of, read_header
 
 VIEW_VERSION = 1
@@ -222,16 +222,16 @@ def vae_folder(path: Path, statistics: dict[str, Any]) -> Path:
 
 def text_width(header: Header) -> int | None:
     """Width of a UMT5 encoder file; None when it is something else. UMT5 has position biases in every block."""
-    found = header.entries.get(T5_BIAS.format(1))
-    return header.entries["shared.weight"].shape[1] if found and "shared.weight" in header.entries else None
+    shapes = {text_name(name): shape for name, shape in shapes_of(header).items()}
+    return shapes["shared.weight"][1] if T5_BIAS.format(1) in shapes and "shared.weight" in shapes else None
 
 
 def text_config(path: Path) -> dict[str, Any]:
     """config.json of a repackaged UMT5 encoder; what shapes do not tell is that of google/umt5-xxl."""
     header = read_header(path)
     if text_width(header) is None:
-        raise ModelError(f"{path} is no UMT5 encoder with the names of transformers; take umt5_xxl .safetensors")
-    shapes = shapes_of(header)
+        raise ModelError(f"{path} is no UMT5 encoder; take the umt5_xxl .safetensors of text_encoders/")
+    shapes = {text_name(name): shape for name, shape in shapes_of(header).items()}
     buckets, heads = shapes[T5_BIAS.format(0)]
     layers = count(shapes, T5_QUERY)
     return {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": shapes["shared.weight"][0],

@@ -16,7 +16,7 @@ from shared.fetch import HUB_ID, snapshot
 from shared.files import atomic_write, read_json, sha256_of
 from shared.keys import fingerprint
 from shared.models import SPECS, WAN21_VAE, WAN22_VAE, ModelSpec, refuse_unsupported, vae_kind
-from shared.names import diffusers_name
+from shared.names import diffusers_name, text_name
 from shared.single_file import (
     TEXT_FILE,
     beside,
@@ -207,7 +207,7 @@ def load_umt5(spec: ModelSpec, dtype: Any) -> Any:
 
 def text_places(source: Path) -> dict[str, Place]:
     """Where the weights of a text encoder's folder are, by name."""
-    return places_of(source, lambda _: str)
+    return places_of(source, lambda _: text_name)
 
 
 def weights_fingerprint(folder: Path) -> str:

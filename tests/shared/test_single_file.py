@@ -221,6 +221,24 @@ def test_a_text_encoder_file_is_its_folder(tmp_path: Path) -> None:
     assert torch.equal(loaded.state_dict()[f"{name}.weight"], product)
 
 
+def test_a_text_encoder_with_wans_own_names_is_the_same(tmp_path: Path) -> None:
+    """Names as wan/modules/t5.py has them: gate is the half with the activation."""
+    own = {"SelfAttention.relative_attention_bias": "pos_embedding.embedding", "layer.0.layer_norm": "norm1",
+           "layer.1.layer_norm": "norm2", "DenseReluDense.wi_0": "ffn.gate.0", "DenseReluDense.wi_1": "ffn.fc1",
+           "DenseReluDense.wo": "ffn.fc2", **{f"SelfAttention.{name}": f"attn.{name}" for name in "qkvo"}}  # fmt: skip
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=60, d_model=64, d_kv=8, d_ff=8, num_layers=2, num_heads=2,
+                                          feed_forward_proj="gated-gelu")).eval()  # fmt: skip
+    state = {"token_embedding.weight": encoder.shared.weight, "norm.weight": encoder.encoder.final_layer_norm.weight}
+    for number, block in enumerate(encoder.encoder.block):
+        for name, part in block.state_dict().items():
+            theirs = next(new for old, new in own.items() if old in name)
+            state[f"blocks.{number}.{theirs}.weight"] = part
+    save(state, tmp_path / "umt5-xxl-enc-bf16.safetensors")
+    (tmp_path / "tokenizer").symlink_to(TINY_FOLDER / "tokenizer")
+    spec = with_parts(model_spec("tiny"), None, str(tmp_path / "umt5-xxl-enc-bf16.safetensors"))
+    assert same(load_text_encoder(spec, torch.float32)[1], encoder)
+
+
 def test_the_tokenizer_inside_a_text_encoder_file_gives_sentencepieces_ids(tmp_path: Path) -> None:
     corpus = "a red ball rolls over the green grass\na dog runs after a ball\nthe zorb turns slowly in the rain\n" * 5
     (tmp_path / "corpus.txt").write_text(corpus)
