@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from encode.float8 import Float8Linear
+from encode.stored import StoredLinear
 from shared.concept import Spans
 from shared.config import EmbeddingConfig
 from shared.errors import ConfigError, ModelError
@@ -112,14 +112,14 @@ class TextEncoder:
     Memory: two blocks (0.8 GB of UMT5-XXL in bfloat16), the embedding rows of the tokens that occur, activations.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, float8: bool = False) -> None:
-        """`float8`: keep the matrices of a block in 8 bits; the arithmetic stays `dtype`."""
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, storage: str = "") -> None:
+        """`storage`: of the matrices of a block, when it is in fewer bits; the arithmetic stays `dtype`."""
         from transformers import AutoConfig, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self.config = AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
         self.weights = Weights(folder / "text_encoder")
-        self.dtype, self.device, self.float8 = dtype, device, float8
+        self.dtype, self.device, self.storage = dtype, device, storage
 
     @torch.no_grad()
     def embed(self, ids: Sequence[list[int]], advance: Callable[[float], None]) -> list[NDArray[np.float32]]:
@@ -149,15 +149,15 @@ class TextEncoder:
         table = self.weights.rows(("shared.weight", "encoder.embed_tokens.weight"), tokens.tolist())
         return table.to(self.dtype)[places]
 
-    def _block(self, number: int) -> dict[str, torch.Tensor | Float8Linear]:
+    def _block(self, number: int) -> dict[str, torch.Tensor | StoredLinear]:
         """Weights of one block under the names of a stack that has only this block."""
         prefix = f"encoder.block.{number}."
         return {f"block.0.{name.removeprefix(prefix)}": self._stored(name) for name in self.weights.under(prefix)}
 
-    def _stored(self, name: str) -> torch.Tensor | Float8Linear:
+    def _stored(self, name: str) -> torch.Tensor | StoredLinear:
         linear = name.endswith(".weight") and ".layer_norm." not in name and "bias" not in name
-        if self.float8 and linear:
-            return Float8Linear(self.weights.tensor(name), self.dtype, self.device)
+        if self.storage and linear:
+            return StoredLinear(self.weights.tensor(name), self.storage, self.dtype, self.device)
         return self._cast(name)
 
     def _cast(self, name: str) -> torch.Tensor:
@@ -165,7 +165,7 @@ class TextEncoder:
         wide = self.dtype == torch.float16 and ".wo." in name
         return self.weights.tensor(name).to(self.device, torch.float32 if wide else self.dtype)
 
-    def _stack(self, weights: dict[str, torch.Tensor | Float8Linear]) -> Any:
+    def _stack(self, weights: dict[str, torch.Tensor | StoredLinear]) -> Any:
         from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
         config = copy.deepcopy(self.config)
@@ -174,7 +174,7 @@ class TextEncoder:
         with torch.device("meta"):
             stack = UMT5Stack(config).eval()
         stack.final_layer_norm = torch.nn.Identity()
-        plain = {name: part for name, part in weights.items() if not isinstance(part, Float8Linear)}
+        plain = {name: part for name, part in weights.items() if not isinstance(part, StoredLinear)}
         stack.load_state_dict(plain, strict=False, assign=True)
         for name in weights.keys() - plain.keys():
             stack.set_submodule(name.removesuffix(".weight"), weights[name])

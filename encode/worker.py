@@ -20,6 +20,7 @@ from encode.budget import Effort, choose_effort, encode_within_memory
 from encode.pixels import Frames, check_shard, read_samples
 from encode.plan import Plan, Recipe, ShardTask, TextTask
 from encode.text import TOKENS_IN_FLIGHT, TextEncoder, Tokens, tokenized
+from shared.codes import SCHEMES
 from shared.concept import concept_of
 from shared.config import Config
 from shared.keys import fingerprint
@@ -62,8 +63,8 @@ def encode_texts(job: Job, tasks: Sequence[TextTask], advance: Advance) -> None:
     """Embed the captions of each task and commit them as one unit each; nothing of the encoder stays in memory."""
     folder = model_folder(job.spec, ("text_encoder", "tokenizer"))
     stored = job.config.text_encoder.weight_dtype
-    float8 = stored == "FLOAT_8"
-    encoder = TextEncoder(folder, torch_dtype("BFLOAT_16" if float8 else stored), device(), float8)
+    fewer = stored if stored in SCHEMES else ""
+    encoder = TextEncoder(folder, torch_dtype("BFLOAT_16" if fewer else stored), device(), fewer)
     every = [text for task in tasks for text in task.captions.values()]
     tokens = dict(zip(every, tokenized(encoder.tokenizer, every, concept_of(job.config)), strict=True))
     for group in groups(tasks, tokens):

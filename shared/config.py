@@ -65,7 +65,8 @@ class TextEncoderConfig(Strict):
     train: bool = Field(False, description="FINE_TUNE only: train its blocks too, from stored token ids")
     learning_rate: float | None = Field(None, gt=0, description="its own rate, else learning_rate")
     weight_dtype: StorageDtype = Field(
-        "BFLOAT_16", description="storage of its weights, where it is loaded; encode's FLOAT_8: arithmetic in BFLOAT_16"
+        "BFLOAT_16",
+        description="storage of its weights; encode computes in BFLOAT_16 where they are in fewer bits",
     )
 
 
@@ -303,9 +304,7 @@ class Config(Strict):
 
 
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
-BUILT: dict[str, tuple[Any, ...]] = {
-    "text_encoder.weight_dtype": ("FLOAT_32", "BFLOAT_16", "FLOAT_16", "FLOAT_8"),
-}
+BUILT: dict[str, tuple[Any, ...]] = {}
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "transformer.train": (True,),

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shared.codes import NF4_BLOCK, Stored
 from shared.config import Dtype, StorageDtype
 from shared.errors import ModelError
 from shared.files import atomic_write, read_json, write_json
@@ -31,11 +32,9 @@ from shared.tensors import Place, read
 from shared.weights import content_name, dit_places, model_folder, weights_fingerprint
 from train.merge import Merge
 from train.quantize import (
-    NF4_BLOCK,
     SCHEMES,
     TORCH_DTYPES,
     QuantizedLinear,
-    Stored,
     frozen_linears,
     lasting,
     replace_module,

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shared.codes import Stored
 from train.lean import block_forward
 from train.memory import SLOTS, Placement
-from train.quantize import QuantizedLinear, Stored, dtype_name, replace_module
+from train.quantize import QuantizedLinear, dtype_name, replace_module
 
 Result = TypeVar("Result")
 ALIGNMENT = 256  # bytes; what vectorised kernels and dtype views ask of an address

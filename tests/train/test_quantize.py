@@ -10,10 +10,10 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from shared.codes import NF4_TABLE
 from shared.config import StorageDtype
 from shared.errors import ModelError
 from train.quantize import (
-    NF4_TABLE,
     QuantizedLinear,
     frozen_linears,
     quantize_blocks,
