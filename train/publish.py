@@ -175,16 +175,30 @@ def last_step(run: Run) -> int:
 
 def how_to_use(run: Run, repo: str, files: list[str], workflows: list[str]) -> str:
     """ComfyUI and diffusers, in the words of their users."""
-    lines = []
+    config, parts = run.config, []
     if workflows:
-        lines += [f"ComfyUI: open `{workflows[0]}`; it names every file and where it belongs."]
-    if run.config.training_method == "LORA" and run.config.peft_type == "LORA":
-        lines += ["diffusers:", "```python\nimport torch\nfrom diffusers import WanPipeline\n\n"
-                  f'pipe = WanPipeline.from_pretrained("{base_model(run)}", torch_dtype=torch.bfloat16)']  # fmt: skip
+        parts += [f"ComfyUI: open `{workflows[0]}`; it names every file and where it belongs."]
+    if config.training_method == "LORA" and config.peft_type == "LORA":
         loads = [f'pipe.load_lora_weights("{repo}", weight_name="{name}"'
-                 + (', load_into_transformer_2=True)' if "_low_noise" in name else ")") for name in files]  # fmt: skip
-        lines[-1] += "\n" + "\n".join(loads) + "\n```"
-    return "\n\n".join(lines)
+                 + (", load_into_transformer_2=True)" if "_low_noise" in name else ")") for name in files]  # fmt: skip
+        parts += [snippet(run, [], loads)]
+    if config.output_model_format == "DIFFUSERS":
+        part = run.spec.expert_folders[0][1]
+        first = ["from diffusers import WanTransformer3DModel", "",
+                 f'transformer = WanTransformer3DModel.from_pretrained("{repo}", subfolder="{files[0]}/{part}", '
+                 "torch_dtype=torch.bfloat16)"]  # fmt: skip
+        parts += [snippet(run, first, ["pipe.transformer = transformer"])]
+    if config.training_method == "EMBEDDING":
+        parts += [f"`make embed` writes the embedding of a prompt with `{config.embedding.placeholder}` for diffusers' "
+                  "`prompt_embeds`."]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def snippet(run: Run, before: list[str], after: list[str]) -> str:
+    """A pipeline of the base model in diffusers, and what is done to it."""
+    opened = f'pipe = WanPipeline.from_pretrained("{base_model(run)}", torch_dtype=torch.bfloat16)'
+    lines = ["diffusers:", "", "```python", "import torch", "from diffusers import WanPipeline", *before, "", opened]
+    return "\n".join([*lines, *after, "```"])
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:

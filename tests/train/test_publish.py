@@ -68,6 +68,11 @@ def test_the_card_of_a_table_model_names_it_and_both_experts(run: Run) -> None:
     assert 'base_model: ["Wan-AI/Wan2.2-I2V-A14B-Diffusers"]' in card and "image-to-video" in card
     assert 'weight_name="x_low_noise.safetensors", load_into_transformer_2=True)' in card
     assert "Gallery" not in card and "Validation" not in card
+    whole = {"base_model_name": "ti2v-5b", "training_method": "FINE_TUNE", "output_model_format": "DIFFUSERS"}
+    tuned = replace(run, resolved=Resolved(run.config.model_copy(update=whole), {}))
+    card = model_card(tuned, "me/x", ["x"], [], {}, [])
+    assert 'from_pretrained("me/x", subfolder="x/transformer"' in card and "load_lora_weights" not in card
+    assert 'base_model_relation: "finetune"' in card
 
 
 def test_the_curve_shows_the_measured_points(run: Run) -> None:
