@@ -21,26 +21,27 @@ from torch import Tensor, nn
 
 from shared.config import Config
 from train.offload import BlockRunner, HostBlock, Owner, Ring, pack
+from train.optim import make_optimizer
 from train.rounding import Rounded
+from train.updates import is_blockwise, is_fused
 
 Inner = torch.optim.Optimizer | Rounded
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 OUTSIDE = -1
-SEPARABLE = ("ADAMW", "ADAMW_8BIT", "ADAFACTOR", "LION", "CAME")  # the update of a tensor depends on it alone
 
 
-def is_fused(config: Config) -> bool:
-    """Whether updates are made inside the backward."""
-    whole_batch = (
-        max(1, round(config.batch_size * config.video_config.video_batch_size_multiplier)) == config.batch_size
-    )
-    own_limit = config.clip == "BLOCK" or not config.max_grad_norm
-    return is_blockwise(config) and whole_batch and own_limit and config.train_dtype != "FLOAT_16"
+def make_updates(
+    config: Config, trained: dict[str, nn.Parameter], run_block: Any, rank: int = 0
+) -> "Inner | Blockwise":
+    """The configured optimizer; of a full fine-tune, when it can be, one that updates block by block."""
+    if not is_blockwise(config) or not isinstance(run_block, BlockRunner):
+        return make_optimizer(config, {name: part for name, part in trained.items() if part.numel()}, rank)
 
+    def make(named: dict[str, nn.Parameter], number: int) -> Inner:
+        seed = config.seed + (number << 40)  # of rounding: no two blocks draw the same
+        return make_optimizer(config.model_copy(update={"seed": seed}), named)
 
-def is_blockwise(config: Config) -> bool:
-    """Whether this config's updates can be made block by block."""
-    return config.training_method == "FINE_TUNE" and config.optimizer.name in SEPARABLE
+    return Blockwise(make, trained, run_block, config)
 
 
 @dataclass

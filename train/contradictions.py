@@ -3,6 +3,7 @@
 from shared.config import Config
 from shared.errors import ConfigError
 from shared.models import ModelSpec
+from train.updates import SEPARABLE, is_blockwise
 
 
 def refuse_contradictions(config: Config, spec: ModelSpec) -> None:
@@ -53,6 +54,8 @@ def refuse_method_mismatch(config: Config) -> None:
         "FLOAT_32": whole and storage == "FLOAT_16",
         "text_encoder.weight_dtype=FLOAT_16: small updates of such weights vanish, and loss scaling cannot help; use "
         "FLOAT_32": text.train and text.weight_dtype == "FLOAT_16",
+        "clip=BLOCK limits each block's norm in a full fine-tune of one process, not in FLOAT_16, with optimizer.name "
+        f"{', '.join(SEPARABLE)}; use GLOBAL": config.clip == "BLOCK" and not is_blockwise(config),
     }  # fmt: skip
     for message, contradicts in (contradictions | optimizer_contradictions(config)).items():
         if contradicts:

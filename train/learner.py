@@ -13,11 +13,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from train import checkpoint
 from train.adapter import copy_into
 from train.adapter_file import adapter_path, start_from
+from train.blockwise import Blockwise, make_updates
 from train.data import WEIGHTS, random_of
 from train.group import Group
 from train.method import make_trained
 from train.model import Model, TextBank, load_model, pick_device
-from train.optim import Average, Optimizer, Parameters, averages_itself, clip, make_optimizer
+from train.optim import Average, Optimizer, Parameters, averages_itself, clip
 from train.phases import Phase
 from train.run import Run
 from train.scale import LossScale
@@ -36,17 +37,21 @@ class Learner:
     bank: TextBank
     trained: Parameters  # what this process updates: all, or its parts
     divided: Parameters  # the whole of those that are divided among processes
-    optimizer: Optimizer
+    optimizer: Optimizer | Blockwise
     average: Average | None
     scale: LossScale | None  # FLOAT_16 only
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled when there is a scale; empty captions teach an embedding nothing."""
-        if loss.requires_grad:
+        if isinstance(self.optimizer, Blockwise):
+            self.optimizer.backward(loss)
+        elif loss.requires_grad:
             torch.autograd.backward(loss if self.scale is None else loss * self.scale.value)
 
     def sum_gradients(self, group: Group) -> None:
         """Make all processes' gradients those of the global batch, without the scale."""
+        if isinstance(self.optimizer, Blockwise):  # one process, no scale, and not all gradients are here
+            return
         take_gradients(self.trained, self.divided)
         for part in self.trained.values():
             if part.grad is None:
@@ -58,6 +63,8 @@ class Learner:
 
     def clip(self, limit: float, group: Group) -> Tensor:
         """Scale gradients so that their global norm is at most `limit` (0: never); returns the norm before."""
+        if isinstance(self.optimizer, Blockwise):
+            return self.optimizer.clip()
         if not self.divided:
             return clip(self.trained.values(), limit)
         own, shared = (
@@ -129,7 +136,7 @@ def load_learner(run: Run, data: Dataset, phase: Phase, done: int, group: Group,
     seed = int(random_of(config.seed, WEIGHTS, phase.first).integers(2**62))
     bank, named = make_trained(model, run, seed, data.reader, [*data.texts.values(), *config.sample_prompts])
     trained, divided = own_parts(named)
-    optimizer = make_optimizer(config, {name: part for name, part in trained.items() if part.numel()}, group.rank)
+    optimizer = make_updates(config, trained, model.options.run_block, group.rank)
     average = Average(trained, config.ema) if config.ema else None
     scale = LossScale() if config.train_dtype == "FLOAT_16" else None
     learner = Learner(model, bank, trained, divided, optimizer, average, scale)

@@ -25,6 +25,7 @@ from train.data import micro_batch_size
 from train.dryrun import BlockCost, TextCost, WeightCost, block_cost, text_cost, weight_cost
 from train.quantize import TORCH_DTYPES
 from train.text_encoder import needs_encoder
+from train.updates import SEPARABLE, is_blockwise, is_fused
 
 GIB = 1 << 30
 CONTEXT = int(0.8 * GIB)  # of a card that the driver, CUDA's context and the display take (assumed)
@@ -106,14 +107,21 @@ def placements(config: Config, blocks: int) -> Iterable[Placement]:
     fraction = config.layer_offload_fraction
     if not isinstance(fraction, str):
         streamed = round(fraction * blocks)
-        if streamed and config.training_method == "FINE_TUNE":
-            raise ConfigError(f"layer_offload_fraction={fraction}: FINE_TUNE changes all weights, and sending them "
-                              "back to RAM is not built yet; use AUTO or 0")  # fmt: skip
+        refuse_streaming(config, streamed)
         return [Placement(streamed, blocks if recompute else streamed)]
     again = [Placement(0, count) for count in range(blocks + 1)] if recompute else [Placement(0, 0)]
-    if config.training_method == "FINE_TUNE":  # weights that change would have to travel back
+    if config.training_method == "FINE_TUNE" and not is_blockwise(config):
         return again
     return [*again, *(Placement(count, blocks if recompute else count) for count in range(1, blocks + 1))]
+
+
+def refuse_streaming(config: Config, streamed: int) -> None:
+    """Raise ConfigError when weights are to stream that the optimizer must see all at once."""
+    if streamed and config.training_method == "FINE_TUNE" and not is_blockwise(config):
+        raise ConfigError(
+            f"layer_offload_fraction={config.layer_offload_fraction}: a full fine-tune streams in one process, not in "
+            f"FLOAT_16, with optimizer.name {', '.join(SEPARABLE)}; change that, or use AUTO"
+        )
 
 
 def add_up(config: Config, spec: ModelSpec, costs: tuple[WeightCost, BlockCost], case: tuple[Bucket, Placement],
@@ -129,16 +137,19 @@ def add_up(config: Config, spec: ModelSpec, costs: tuple[WeightCost, BlockCost],
     channels, frames, height, width = spec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
     resident = weights.outside + count * weights.block_rest + (count - streamed) * weights.block_matrices
     inputs = min(again, SLOTS) if parked else again
+    trained, trained_in_ram = trained_bytes(config, weights, streamed)
     device = {
         "weights": resident + (SLOTS * weights.block_matrices if streamed else 0),
-        **trained_bytes(config, weights),
+        **trained,
         "activations": inputs * block.input_bytes + max(count - again - 1, 0) * block.saved_bytes + block.shared_bytes,
-        "workspace of a block": block.recompute_bytes if again == count else block.peak_bytes,
+        "workspace of a block": max(block.recompute_bytes if again == count else block.peak_bytes,
+                                    update_bytes(config, weights)),
         "latents of a batch": BATCH_COPIES * 4 * micro * channels * frames * height * width,
-    }
+    }  # fmt: skip
     host = {
         "process": PROCESS,
         "weights, while loading or streamed": resident + streamed * weights.block_matrices,
+        **trained_in_ram,
         "checkpoints": again * block.input_bytes if parked else 0,
     }
     flops = count * (block.forward_flops + block.backward_flops) + again * block.forward_flops
@@ -161,17 +172,6 @@ def add_text(config: Config, text: TextCost, micro: int, device: dict[str, int],
         device[name] += value
 
 
-def trained_bytes(config: Config, weights: WeightCost) -> dict[str, int]:
-    """Adapter, gradients, optimizer states, averages. Adapters are float32; a full fine-tune has the weights' dtype."""
-    fine_tune = config.training_method == "FINE_TUNE"
-    size = TORCH_DTYPES[config.transformer.weight_dtype].itemsize if fine_tune else 4
-    shapes = [*weights.trained_per_block * weights.blocks, *weights.trained_outside]
-    if config.training_method == "EMBEDDING":
-        shapes = [torch.Size((config.embedding.token_count, 4096))]
-    adapter = 0 if fine_tune else size * sum(shape.numel() for shape in shapes)
-    return {"adapter": adapter, **state_of(config, shapes, size)}
-
-
 def state_of(config: Config, shapes: list[torch.Size], size: int) -> dict[str, int]:
     """Bytes beside trained parameters of so many bytes per element."""
     elements = sum(shape.numel() for shape in shapes)
@@ -181,6 +181,60 @@ def state_of(config: Config, shapes: list[torch.Size], size: int) -> dict[str, i
         "optimizer": sum(state_bytes(config, shape, size) for shape in shapes) + lost,
         "averages": elements * 4 if config.ema is not None else 0,
     }
+
+
+def trained_bytes(config: Config, weights: WeightCost, streamed: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Adapter, gradients, optimizer states, averages: (on the device, in RAM).
+
+    Adapters are float32; a full fine-tune has the weights' dtype, and what belongs to streamed blocks in RAM.
+    """
+    if config.training_method == "FINE_TUNE":
+        return tuned_bytes(config, weights, streamed)
+    shapes = [*weights.trained_per_block * weights.blocks, *weights.trained_outside]
+    if config.training_method == "EMBEDDING":
+        shapes = [torch.Size((config.embedding.token_count, 4096))]
+    return {"adapter": 4 * sum(map(torch.Size.numel, shapes)), **state_of(config, shapes, 4)}, {}
+
+
+def tuned_bytes(config: Config, weights: WeightCost, streamed: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Likewise of a full fine-tune. Fused, one block's gradients are alive; else all, of streamed blocks in RAM."""
+    size = TORCH_DTYPES[config.transformer.weight_dtype].itemsize
+    block, outside = (
+        sum(map(torch.Size.numel, shapes)) for shapes in (weights.trained_per_block, weights.trained_outside)
+    )
+    matrices = sum(shape.numel() for shape in weights.trained_per_block if len(shape) == 2)
+    kahan = size if config.optimizer.rounding == "KAHAN" else 0
+    state, state_outside = (sum(state_bytes(config, shape, size) + kahan * shape.numel() for shape in shapes)
+                            for shapes in (weights.trained_per_block, weights.trained_outside))  # fmt: skip
+    slots, kept = SLOTS if streamed else 0, weights.blocks - streamed
+    gradients = block if is_fused(config) else kept * block + streamed * (block - matrices) + (slots + 1) * matrices
+    waiting = 0 if is_fused(config) else streamed * matrices
+    mean = 4 if config.ema is not None else 0
+    device = {
+        "gradients": (gradients + outside) * size,
+        "optimizer": (kept + slots) * state + state_outside,
+        "averages": mean * (kept * block + streamed * (block - matrices) + outside),
+    }
+    host = {
+        "gradients of streamed blocks": waiting * size,
+        "optimizer of streamed blocks": streamed * state,
+        "averages of streamed blocks": mean * streamed * matrices,
+    }
+    return device, host
+
+
+def update_bytes(config: Config, weights: WeightCost) -> int:
+    """Bytes alive while the optimizer updates one tensor, or one block of them (dry runs, torch 2.13)."""
+    if config.training_method != "FINE_TUNE":
+        return 0
+    name, rounding = config.optimizer.name, config.optimizer.rounding
+    sizes = [shape.numel() for shape in (*weights.trained_per_block, *weights.trained_outside)]
+    if name == "CAME":
+        return 24 * max(sizes)
+    if rounding != "NEAREST":  # a float32 copy of weight and gradient, of one tensor at a time
+        return (12 if name == "ADAFACTOR" or rounding == "KAHAN" else 8) * max(sizes)
+    together = sum(shape.numel() for shape in weights.trained_per_block)
+    return 2 * TORCH_DTYPES[config.transformer.weight_dtype].itemsize * together if name == "ADAFACTOR" else 0
 
 
 def state_bytes(config: Config, shape: torch.Size, size: int) -> int:
@@ -269,7 +323,7 @@ def changes(config: Config) -> list[tuple[str, Any]]:
     if smaller and (not fine_tune or stored == "FLOAT_32"):
         wishes.append(("transformer.weight_dtype", smaller))
     if fine_tune:
-        wishes.append(("optimizer.name", "ADAFACTOR"))
+        wishes += [("clip", "BLOCK"), ("optimizer.name", "ADAFACTOR")]
     wishes += [("video_config.video_batch_size_multiplier", 1 / config.batch_size), ("batch_size", 1)]
     if config.training_method == "LORA":
         wishes.append(("lora_rank", max(4, config.lora_rank // 2)))

@@ -24,6 +24,7 @@ from train.lean import LeanOptions, Places, Text, collate_text, lean_forward, pr
 from train.load import load_quantized
 from train.memory import Placement, plan_for_device
 from train.offload import place
+from train.updates import is_blockwise, is_fused
 
 Embed = Callable[[StoredText], Tensor | None]  # (S, text_dim) of a text with its gradient, None: as stored
 CAPTIONS_KEPT = 4096  # projected captions in memory: 0.8 MB each at 80 tokens of A14B
@@ -42,7 +43,9 @@ class Model:
 
     def context(self) -> AbstractContextManager[Any]:
         """What a forward runs in."""
-        return torch.autocast(self.device.type, self.dtype) if self.autocast else nullcontext()
+        if not self.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)  # each weight is used once
 
     def tokens_per_frame(self, latent_BCthw: Tensor) -> int:
         """Tokens the DiT makes of one latent frame."""
@@ -69,8 +72,11 @@ def load_model(spec: ModelSpec, expert: str, config: Config, device: torch.devic
 def placed(transformer: Any, config: Config, device: torch.device, placement: Placement) -> LeanOptions:
     """Move a loaded expert to the device as the memory plan says; how to run it from there."""
     parked = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
-    runner = place(transformer, placement, parked, device)
-    runner.may_stream_more = config.layer_offload_fraction == "AUTO" and config.training_method != "FINE_TUNE"
+    tuned = config.training_method == "FINE_TUNE"
+    runner = place(transformer, placement, parked, device, trained=tuned)
+    # an update that has begun inside the backward cannot be made again
+    may = is_blockwise(config) and not is_fused(config) if tuned else True
+    runner.may_stream_more = may and config.layer_offload_fraction == "AUTO"
     return LeanOptions(temporal_attention=config.video_config.use_temporal_attention, run_block=runner)
 
 

@@ -108,7 +108,7 @@ def rate_factor(config: Config, step: int, steps: int) -> float:
     return 1 - passed if config.lr_scheduler == "LINEAR" else 1.0
 
 
-def set_rate(optimizer: Optimizer, config: Config, step: int, steps: int) -> float:
+def set_rate(optimizer: Any, config: Config, step: int, steps: int) -> float:
     """Set every group's rate for this update; returns the first."""
     factor = rate_factor(config, step, steps)
     for group in optimizer.param_groups:
@@ -132,7 +132,7 @@ class Average:
     def update(self) -> None:
         """One step towards the current weights."""
         for name, mean in self.mean.items():
-            mean.lerp_(wide(self.trained[name].detach()), 1 - self.decay)
+            mean.lerp_(wide(self.trained[name].detach().to(mean.device)), 1 - self.decay)
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor]) -> None:

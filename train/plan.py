@@ -21,10 +21,13 @@ from train.memory import (
     largest_bucket,
     plan_memory,
     preview_bytes,
+    trained_bytes,
     ways_to_fit,
     weight_cost_of,
+    with_setting,
 )
 from train.quantize import TORCH_DTYPES
+from train.updates import is_blockwise, is_fused
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GiB of cards that are sold
 EMBEDDING_CARD = 16  # GiB; the preset's name does not say it
@@ -155,9 +158,23 @@ def choice_lines(plan: MemoryPlan, config: Config, spec: ModelSpec) -> list[str]
              f"{placed.streamed / blocks:.2f}), {placed.recomputed} computed again in the backward"]  # fmt: skip
     if placed != fast:
         lines.append(f"  faster: all blocks kept, none computed again, needs {need(fast)}")
-    if placed != small and config.training_method != "FINE_TUNE":
+    if placed != small and (config.training_method != "FINE_TUNE" or is_blockwise(config)):
         lines.append(f"  smaller: all blocks streamed and computed again needs {need(small)}")
-    return lines
+    return lines + update_lines(plan, config, spec)
+
+
+def update_lines(plan: MemoryPlan, config: Config, spec: ModelSpec) -> list[str]:
+    """Of a full fine-tune: when updates are made, and what the other way costs."""
+    if not is_blockwise(config):
+        return []
+    if is_fused(config):
+        return ["  updates: each block's inside the backward; the gradients of one block at most are alive"]
+    at_once = with_setting(with_setting(config, "clip", "BLOCK"), "video_config.video_batch_size_multiplier", 1.0)
+    weights = weight_cost_of(spec, config)
+    ours, theirs = (sum(sum(part.values()) for part in trained_bytes(each, weights, plan.placement.streamed))
+                    for each in (config, at_once))  # fmt: skip
+    return [f"  updates: after the backward, for the global norm or accumulated micro-batches; inside it (clip=BLOCK, "
+            f"all of the batch at once) gradients take {(ours - theirs) / GIB:.1f} GiB less"]  # fmt: skip
 
 
 def unbuilt(resolved: Resolved) -> list[str]:

@@ -15,10 +15,11 @@ LOW_BITS = 1 << 16  # float32 has as many mantissa bits more than bfloat16, as s
 
 
 def round_stochastic(wide: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up with the probability of the distance covered."""
-    dice = torch.randint(0, LOW_BITS, wide.shape, generator=generator, dtype=torch.int32, device=generator.device)
-    bits = wide.contiguous().view(torch.int32) + dice.to(wide.device)
-    return (bits & -LOW_BITS).view(torch.float32).to(torch.bfloat16)
+    """float32 to the nearest bfloat16 value below or above, still as float32: up with the probability of the distance
+    covered."""
+    bits = torch.randint(0, LOW_BITS, wide.shape, generator=generator, dtype=torch.int32, device=generator.device)
+    bits.add_(wide.contiguous().view(torch.int32)).bitwise_and_(-LOW_BITS)
+    return bits.view(torch.float32)
 
 
 class Rounded:
@@ -47,8 +48,9 @@ class Rounded:
                 wide.data = part.float() + (self._lost(index).float() if self.kahan else 0)
                 wide.grad = part.grad.float()
                 optimizer.step()
+                wide.grad = None
                 self._keep(index, part, wide.data, dice[part.device])
-                wide.data, wide.grad = wide.data.new_empty(0), None
+                wide.data = wide.data.new_empty(0)
 
     def _keep(self, index: int, part: nn.Parameter, updated: Tensor, generator: torch.Generator) -> None:
         if part.dtype != torch.bfloat16 or self.kahan:

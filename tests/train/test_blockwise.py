@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,11 +11,20 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from shared.config import Config
-from train.blockwise import OUTSIDE, Blockwise, Inner, is_fused
+from shared.errors import ConfigError
+from shared.models import ModelSpec
+from tests.train.make import config as small_config
+from tests.train.make import events, make_run
+from tests.train.make import trained as checkpointed
+from train.blockwise import OUTSIDE, Blockwise, Inner
+from train.contradictions import refuse_method_mismatch
 from train.lean import LeanOptions, Text, lean_forward
-from train.memory import Placement
+from train.memory import Placement, placements
 from train.offload import BlockRunner, place
 from train.optim import make_optimizer
+from train.run import Run
+from train.session import start
+from train.updates import is_fused
 
 BLOCKS = 4
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16, "text_dim": 32,
@@ -23,6 +33,7 @@ CPU = torch.device("cpu")
 STEPS = 3
 PLAIN, BF16 = ("ADAMW", "NEAREST", "FLOAT_32"), ("ADAMW", "STOCHASTIC", "BFLOAT_16")
 Kind = tuple[str, str, str]
+Made = tuple[Path, ModelSpec, Path]
 OTHERS: list[Kind] = [("ADAFACTOR", "STOCHASTIC", "BFLOAT_16"), ("ADAMW", "KAHAN", "BFLOAT_16"),
                       ("ADAMW_8BIT", "STOCHASTIC", "BFLOAT_16")]  # fmt: skip
 KINDS = [(PLAIN, "GLOBAL"), (PLAIN, "BLOCK"), (BF16, "GLOBAL"), *((kind, "BLOCK") for kind in OTHERS)]
@@ -207,3 +218,33 @@ def test_what_is_not_finite_changes_no_weight(clip: str) -> None:
     assert clip == "BLOCK" or not learner.optimizer.clip().isfinite()
     learner.optimizer.zero_grad()
     assert all(torch.equal(left, right) for left, right in zip(before, learner.model.blocks.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("clip", ["GLOBAL", "BLOCK"])
+def test_a_run_goes_on_bit_equal_with_averages_and_other_blocks_in_ram(single: Made, tmp_path: Path, clip: str) -> None:
+    def run(name: str, steps: int, fraction: float) -> Run:
+        settings = small_config(
+            single[0], training_method="FINE_TUNE", output_model_format="SAFETENSORS", max_steps=steps, ema=0.9,
+            clip=clip, max_grad_norm=0.05, lr_scheduler="CONSTANT", layer_offload_fraction=fraction)  # fmt: skip
+        made = make_run(tmp_path / name, settings, single[2])
+        start(made, finished=steps > 2 and name == "broken")
+        return made
+
+    run("broken", 2, 1.0)
+    broken, whole = run("broken", 4, 0.5), run("whole", 4, 0.0)
+    for kind in ("weights", "average"):
+        ours, theirs = checkpointed(broken, kind=kind), checkpointed(whole, kind=kind)
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert events(broken) == events(whole)
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": {"name": "PRODIGY"}}, {"train_dtype": "FLOAT_16"}], ids=str)
+def test_what_must_see_all_gradients_at_once_does_not_stream(changes: dict[str, Any]) -> None:
+    asked = Config(training_method="FINE_TUNE", layer_offload_fraction=0.5, **changes)
+    with pytest.raises(ConfigError, match=r"layer_offload_fraction=0\.5: .*ADAFACTOR.*AUTO"):
+        placements(asked, 30)
+    auto = asked.model_copy(update={"layer_offload_fraction": "AUTO"})
+    assert not any(placement.streamed for placement in placements(auto, 30))
+    values = {"clip": "BLOCK", "output_model_format": "DIFFUSERS", "transformer": {"weight_dtype": "FLOAT_32"}}
+    with pytest.raises(ConfigError, match="clip=BLOCK"):
+        refuse_method_mismatch(Config(training_method="FINE_TUNE", **changes, **values))

@@ -12,6 +12,7 @@ from shared.config import Config
 from shared.errors import RunError
 from shared.models import SPECS, WAN21_VAE, ModelSpec
 from shared.resolve import Choice, resolve
+from train.blockwise import held_states
 from train.dryrun import CPU_ATTENTION, Alive, block_cost, block_inputs, empty_transformer, weight_cost
 from train.lean import LeanOptions, Text, lean_forward
 from train.load import dit_config
@@ -24,10 +25,13 @@ from train.memory import (
     placements,
     plan_memory,
     refuse_if_too_large,
+    trained_bytes,
+    update_bytes,
     ways_to_fit,
     weight_cost_of,
     with_setting,
 )
+from train.optim import make_optimizer
 from train.plan import report, table
 
 SMALL = ModelSpec("small", "small", WAN21_VAE, fps=16, heads=4, head_dim=32, ffn_dim=320, num_layers=4, in_channels=16,
@@ -179,3 +183,52 @@ def test_the_report_ends_in_a_verdict_and_downloads_nothing() -> None:
 def test_the_readmes_table_is_what_the_plan_says() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
     assert [line for line in table() if line not in readme] == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "card"), [("ADAFACTOR", 24), ("ADAMW_8BIT", 24), ("ADAFACTOR", 16), ("ADAMW_8BIT", 16)]
+)
+def test_a_full_fine_tune_of_the_5b_model_is_predicted_to_fit(optimizer: str, card: int) -> None:
+    resolved = resolve(Choice("24gb-finetune", None, None, f"batch_size=1 optimizer.name={optimizer}"))
+    plan = plan_memory(resolved.config, resolved.spec, largest_bucket(resolved.config, resolved.spec), card * GIB)
+    assert plan.fits
+    assert plan.ram < 32 * GIB
+    assert (plan.placement.streamed > 0) == (optimizer == "ADAMW_8BIT" and card == 16)
+
+
+def test_streaming_a_full_fine_tune_moves_bytes_to_ram_and_loses_none() -> None:
+    for clip in ("GLOBAL", "BLOCK"):
+        cfg = resolve(Choice("24gb-finetune", None, None, f"clip={clip} optimizer.name=ADAMW ema=0.9")).config
+        weights = weight_cost_of(SPECS["ti2v-5b"], cfg)
+        device, host = trained_bytes(cfg, weights, 0)
+        less, more = trained_bytes(cfg, weights, 10)
+        assert sum(host.values()) == 0
+        slots = trained_bytes(cfg, weights, 11)[0]
+        saved = [(each["optimizer"], each["averages"]) for each in (less, slots)]
+        assert saved[0][0] - saved[1][0] == more["optimizer of streamed blocks"] // 10
+        assert device["averages"] == less["averages"] + more["averages of streamed blocks"]
+        assert (more["gradients of streamed blocks"] > 0) == (clip == "GLOBAL")
+        assert (device["gradients"] > 9 * GIB) == (clip == "GLOBAL")
+    assert "inside the backward" in "\n".join(report(resolve(Choice("24gb-finetune")), 24.0, None, None))
+    assert "gradients take 9.1 GiB less" in "\n".join(
+        report(resolve(Choice("24gb-finetune", None, None, "clip=GLOBAL")), 24.0, None, None)
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["ADAMW", "ADAFACTOR", "LION"])
+@pytest.mark.parametrize("rounding", ["STOCHASTIC", "KAHAN"])
+def test_bytes_alive_in_an_update_are_those_predicted(optimizer: str, rounding: str) -> None:
+    cfg = config(training_method="FINE_TUNE", optimizer={"name": optimizer, "rounding": rounding})
+    cost = weight_cost_of(SMALL, cfg)
+    largest = max((*cost.trained_per_block, *cost.trained_outside), key=torch.Size.numel)
+    parts = {str(number): torch.nn.Parameter(torch.randn(largest).bfloat16()) for number in range(2)}
+    made = make_optimizer(cfg, parts)
+    for _ in range(2):
+        for part in parts.values():
+            part.grad = torch.randn_like(part)
+        alive = Alive()
+        alive.ignore([[part, part.grad] for part in parts.values()])
+        alive.ignore([list(held.values()) for held in held_states(made)])
+        with torch.no_grad(), alive:
+            made.step()
+    assert alive.peak == pytest.approx(update_bytes(cfg, cost), rel=0.05)
