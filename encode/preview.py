@@ -52,14 +52,9 @@ def read_latents(path: Path) -> Latents:
 
 def decode_latent(vae: Any, latent_CThw: Any) -> Frames:
     """Pixels of one normalised latent."""
-    import torch
+    from encode.budget import decode_within_memory
 
-    from encode.budget import best_kind
-    from encode.vae import decode
-
-    with torch.no_grad():
-        video_BCTHW = decode(vae, latent_CThw[None].to(vae.device, vae.dtype), kind=best_kind(vae))
-    return to_frames(video_BCTHW[0])
+    return to_frames(decode_within_memory(vae, latent_CThw[None].to(vae.device, vae.dtype))[0])
 
 
 def to_frames(video_CTHW: Any) -> Frames:

@@ -67,7 +67,8 @@ class Trip:
         past = self.history.get(layer)
         if self.streaming and frames_BCTHW.shape[2]:
             last = frames_BCTHW[:, :, -depth:]
-            self.history[layer] = last.clone() if last.shape[2] == depth else _after(past, last, depth)[:, :, -depth:]
+            known = last if last.shape[2] == depth else _after(past, last, depth)[:, :, -depth:]
+            self.history[layer] = known.clone()
         return past
 
 
@@ -76,13 +77,14 @@ def encode_moments(
 ) -> Tensor:
     """Posterior mean and log variance (B, 2z, t, h, w) of pixels in [-1, 1].
 
-    `chunk` is the number of latent frames per pass, None the whole clip. Frames beyond 4n+1 are ignored, as in stock.
+    `chunk` is the number of latent frames per pass, not counting the clip's first one, which holds one pixel frame
+    only; None: the whole clip. Frames beyond 4n+1 are ignored, as in stock.
     """
     latent_frames = 1 + (video_BCTHW.shape[2] - 1) // FRAMES_PER_LATENT
     if vae.config.patch_size is not None:
         video_BCTHW = patchify(video_BCTHW, vae.config.patch_size)
     video_BCTHW = video_BCTHW.contiguous(memory_format=torch.channels_last_3d)
-    trip = Trip(kind, streaming=chunk is not None)
+    trip = Trip(kind, streaming=chunk is not None and chunk + 1 < latent_frames)
     parts = []
     for start, stop in _spans(latent_frames, chunk):
         frames = slice(_pixel_frames(start), _pixel_frames(stop))
@@ -110,7 +112,7 @@ def decode(
     """Pixels (B, 3, T, H, W) of normalised latents, clamped to [-1, 1] unless `clamp` is off (for training)."""
     hidden = _pointwise(denormalise(vae, latent_BCthw), vae.post_quant_conv)
     hidden = hidden.contiguous(memory_format=torch.channels_last_3d)
-    trip = Trip(kind, streaming=chunk is not None)
+    trip = Trip(kind, streaming=chunk is not None and chunk + 1 < hidden.shape[2])
     parts = []
     for start, stop in _spans(hidden.shape[2], chunk):
         trip.first = start == 0
@@ -140,9 +142,11 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spans(latent_frames: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    step = chunk or latent_frames
-    for start in range(0, latent_frames, step):
-        yield start, min(start + step, latent_frames)
+    """The first pass takes one more: the clip's first latent frame stands for one pixel frame, not four."""
+    start, stop = 0, latent_frames if chunk is None else min(chunk + 1, latent_frames)
+    while start < latent_frames:
+        yield start, stop
+        start, stop = stop, min(stop + (chunk or latent_frames), latent_frames)
 
 
 def _pixel_frames(latent_frames: int) -> int:
@@ -151,26 +155,26 @@ def _pixel_frames(latent_frames: int) -> int:
 
 
 def _encoder(encoder: Layer, hidden: Tensor, trip: Trip) -> Tensor:
-    hidden = _causal_conv(hidden, encoder.conv_in, trip)
-    hidden = _walk(encoder.down_blocks, hidden, trip)
-    hidden = _middle(encoder.mid_block, hidden, trip)
+    hidden = _middle(_walk(encoder.down_blocks, _causal_conv(hidden, encoder.conv_in, trip), trip), encoder, trip)
     return _norm_silu_conv(hidden, encoder.norm_out, encoder.conv_out, trip)
 
 
 def _decoder(decoder: Layer, hidden: Tensor, trip: Trip) -> Tensor:
-    hidden = _causal_conv(hidden, decoder.conv_in, trip)
-    hidden = _middle(decoder.mid_block, hidden, trip)
-    hidden = _walk(decoder.up_blocks, hidden, trip)
+    hidden = _walk(decoder.up_blocks, _middle(_causal_conv(hidden, decoder.conv_in, trip), decoder, trip), trip)
     return _norm_silu_conv(hidden, decoder.norm_out, decoder.conv_out, trip)
 
 
 def _walk(layers: Iterable[Layer], hidden: Tensor, trip: Trip) -> Tensor:
+    """Each layer in turn. The list hands a layer the only reference to its input, which ends with its last use."""
+    held = [hidden]
+    del hidden
     for layer in layers:
-        hidden = _WALKERS[type(layer)](hidden, layer, trip)
-    return hidden
+        held.append(_WALKERS[type(layer)](held.pop(), layer, trip))
+    return held.pop()
 
 
-def _middle(block: Layer, hidden: Tensor, trip: Trip) -> Tensor:
+def _middle(hidden: Tensor, coder: Layer, trip: Trip) -> Tensor:
+    block = coder.mid_block
     hidden = _residual(hidden, block.resnets[0], trip)
     for attention, residual in zip(block.attentions, block.resnets[1:], strict=True):
         hidden = _residual(_attention(hidden, attention, trip), residual, trip)
@@ -291,20 +295,22 @@ def _causal_conv(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
 
 def _plane_convs(hidden: Tensor, past: Tensor | None, conv: Layer) -> Tensor:
     """The causal convolution as one convolution in the plane per tap: no padded copy, and none for frames of zeros."""
-    batch, count = hidden.shape[0], hidden.shape[2]
-    frames = hidden if past is None else torch.cat([past, hidden], 2)
-    taps = conv.weight.unbind(2)
+    batch, count, taps = hidden.shape[0], hidden.shape[2], conv.weight.unbind(2)
     out = _clips(F.conv2d(_frames(hidden), taps[2], conv.bias, padding=1), batch)
-    for lag in (1, 2):
-        source = frames[:, :, max(0, frames.shape[2] - count - lag) : frames.shape[2] - lag]
-        if source.shape[2]:
-            out[:, :, count - source.shape[2] :] += _clips(F.conv2d(_frames(source), taps[2 - lag], padding=1), batch)
+    for lag, tap in ((1, taps[1]), (2, taps[0])):
+        if count > lag:
+            out[:, :, lag:] += _clips(F.conv2d(_frames(hidden[:, :, :-lag]), tap, padding=1), batch)
+        if past is not None:
+            before = past[:, :, 2 - lag : 2 - lag + count]
+            out[:, :, : min(lag, count)] += _clips(F.conv2d(_frames(before), tap, padding=1), batch)
     return out
 
 
 def _after(past: Tensor | None, hidden: Tensor, depth: int) -> Tensor:
     """The frames behind their `depth` predecessors, zeros at the clip's start."""
-    return F.pad(hidden, (0, 0, 0, 0, depth, 0)) if past is None else torch.cat([past, hidden], 2)
+    if past is None:
+        past = torch.zeros_like(hidden[:, :, :1]).expand(-1, -1, depth, -1, -1)
+    return torch.cat([past, hidden], 2).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _pointwise(hidden: Tensor, conv: Layer) -> Tensor:

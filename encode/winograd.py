@@ -37,7 +37,7 @@ CONSTANT = 7  # the one of 36 values that adds the same to all 16 outputs of a t
 FEWEST_PIXELS = 64  # below, the transforms cost more than they save
 EPSILON = 1e-12  # of F.normalize
 SHARE_OF_FREE = 0.25
-TILES_PER_CHANNEL = 3  # of all frames together, in a block; about this many values per frequency and channel
+TILES_PER_CHANNEL = 2  # of all frames together, in a block; about this many values per frequency and channel
 
 _transformed: "WeakKeyDictionary[nn.Module, tuple[int, list[Tensor]]]" = WeakKeyDictionary()
 

@@ -17,13 +17,8 @@ from PIL import Image
 from shared.files import sha256_of
 from shared.keys import fingerprint
 from shared.shards import Index, SampleRecord, ShardRecord, shard_folder, write_index
+from shared.tiny_variants import VAE_21
 
-VAE_21: dict[str, Any] = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-VAE_22: dict[str, Any] = {
-    "base_dim": 4, "decoder_base_dim": 4, "z_dim": 48, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
-    "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
-}  # fmt: skip
 UMT5: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
 CORPUS = ["a red ball rolls left", "a blue cube spins", "two dogs run on grass", "waves at night, slow camera"]
 

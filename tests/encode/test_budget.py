@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 import encode.budget as subject
-from encode.budget import Effort, choose_effort, encode_within_memory
+from encode.budget import Effort, choose_effort, decode_within_memory, encode_within_memory
 from shared.bucket import Bucket
 from shared.errors import ModelError
+from shared.tiny_variants import VAE_21, VAE_22
 from shared.weights import load_vae
+from tests.encode.live import peak_bytes
 from tests.encode.test_encode import settings
 
 CPU = torch.device("cpu")
@@ -44,11 +47,39 @@ def test_no_effort_changes_the_latents(model: Path, effort: Effort) -> None:
     torch.testing.assert_close(latents, (stock - mean) / std, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", [VAE_21, VAE_22], ids=["2.1", "2.2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frames", [5, 9])
+@torch.no_grad()
+def test_no_more_memory_is_taken_than_stock_takes(kind: dict[str, Any], dtype: torch.dtype, frames: int) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**kind | {"base_dim": 48}).to(dtype).eval().requires_grad_(False)
+    vae.decoder = None
+    side = 96 * (vae.config.patch_size or 1)
+    video_BCTHW = torch.rand(1, 3, frames, side, side).mul(2).sub(1).to(dtype)
+    effort = Effort(1, choose_effort(vae, Bucket(frames, side, side), CPU).chunk)
+    encode_within_memory(vae, video_BCTHW[:, :, :1], effort)  # Winograd's weights are made once, and are extra
+    known = [*vae.parameters(), video_BCTHW]
+    stock = peak_bytes(lambda: vae.encode(video_BCTHW), known)
+    assert peak_bytes(lambda: encode_within_memory(vae, video_BCTHW, effort), known) <= stock
+
+
+def test_decoding_takes_less_at_once_when_memory_runs_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latent_BCthw = vae_of(model), torch.randn(1, 16, 5, 4, 4, generator=torch.manual_seed(0))
+    whole = decode_within_memory(vae, latent_BCthw)
+    monkeypatch.setattr(subject, "ONE_PASS", 17)
+    small_device(monkeypatch, 2, "decode_latents")
+    torch.testing.assert_close(decode_within_memory(vae, latent_BCthw), whole, rtol=1e-4, atol=1e-5)
+    small_device(monkeypatch, 0, "decode_latents")
+    with pytest.raises(ModelError, match=r"17x32x32.*does not fit into memory"):
+        decode_within_memory(vae, latent_BCthw)
+
+
 def test_more_free_memory_never_means_less_work_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, bucket, efforts = vae_of(model), Bucket(81, 480, 832), []
     for gigabytes in (0.1, 0.5, 1, 2, 4, 8, 64):
         monkeypatch.setattr("encode.budget.free_memory", lambda device, free=gigabytes: int(free * 2**30))
-        effort = choose_effort(vae, bucket, CPU)
+        effort = choose_effort(vae, bucket, torch.device("cuda"))
         efforts.append((effort.batch, effort.chunk or 10**6))
     assert efforts == sorted(efforts)
     assert efforts[0][1] < 21
@@ -60,17 +91,18 @@ def test_small_clips_share_a_batch(model: Path) -> None:
     assert choose_effort(vae_of(model), Bucket(81, 480, 832), CPU).batch == 1
 
 
-def small_device(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def small_device(monkeypatch: pytest.MonkeyPatch, most: int, name: str = "encode_mode") -> None:
     """A device that runs out of memory beyond `most` latent frames per pass, as CUDA says it."""
-    encode = subject.encode_mode
+    run, per_latent = getattr(subject, name), 4 if name == "encode_mode" else 1
 
-    def limited(vae: Any, video_BCTHW: torch.Tensor, chunk: int | None, *rest: Any) -> torch.Tensor:
-        clips, frames = video_BCTHW.shape[0], 1 + (video_BCTHW.shape[2] - 1) // 4
-        if clips * min(frames, chunk or frames) > most:
+    def limited(vae: Any, clips: torch.Tensor, chunk: int | None, *rest: Any, **named: Any) -> torch.Tensor:
+        frames = 1 + (clips.shape[2] - 1) // per_latent
+        if clips.shape[0] * min(frames, chunk or frames) > most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return encode(vae, video_BCTHW, chunk, *rest)
+        done: torch.Tensor = run(vae, clips, chunk, *rest, **named)
+        return done
 
-    monkeypatch.setattr(subject, "encode_mode", limited)
+    monkeypatch.setattr(subject, name, limited)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from shared.resolve import Choice, Resolved, resolve
 from shared.shards import Index, read_index, shard_folder, write_index
 from shared.store import read_datasets, read_markers
 from shared.store_read import StoreReader, fresh_units
+from shared.tiny_variants import VAE_22
 from shared.weights import load_vae
-from tests.encode.make import VAE_22, add_shard, index_of, nano_model
+from tests.encode.make import add_shard, index_of, nano_model
 
 NEGATIVE, PROMPT = "blurry, static", "a square rolls"
 SAID = f'sample_negative_prompt="{NEGATIVE}" sample_prompts=["{PROMPT}"]'

@@ -7,35 +7,24 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D, DupUp3D, WanCausalConv3d, WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AvgDown3D,
+    DupUp3D,
+    WanCausalConv3d,
+    WanResample,
+    WanRMS_norm,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
 from encode import vae as subject
 from encode.vae import Trip, decode, denormalise, encode_mode, encode_moments, normalise
+from shared.tiny_variants import VAE_21, VAE_22
 
-WAN_21: dict[str, Any] = {
-    "base_dim": 4,
-    "z_dim": 4,
-    "dim_mult": [1, 2, 2, 2],
-    "num_res_blocks": 1,
-    "latents_mean": [0.1, -0.2, 0.3, 0.0],
-    "latents_std": [0.5, 1.0, 2.0, 3.0],
-}
-WAN_22: dict[str, Any] = {
-    "base_dim": 4,
-    "decoder_base_dim": 6,
-    "z_dim": 6,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 1,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.1] * 6,
-    "latents_std": [0.5] * 6,
-}
+WAN_21 = VAE_21 | {"z_dim": 4, "dim_mult": [1, 2, 2, 2],
+                   "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 3.0]}  # fmt: skip
+WAN_22 = VAE_22 | {"decoder_base_dim": 6, "z_dim": 6, "dim_mult": [1, 2, 4, 4],
+                   "latents_mean": [0.1] * 6, "latents_std": [0.5] * 6}  # fmt: skip
 KINDS = pytest.mark.parametrize("config", [WAN_21, WAN_22], ids=["wan21", "wan22"])
 FRAMES = pytest.mark.parametrize("frames", [1, 5, 9, 13, 17])
 CHUNKS = (None, 1, 2, 3)
@@ -186,3 +175,49 @@ def test_identity_5_duplication_drops_leading_frames_once_per_clip() -> None:
     layer, hidden = DupUp3D(4, 4, factor_t=2, factor_s=2), features(5)
     chunks = [layer(frame, first_chunk=index == 0) for index, frame in enumerate(torch.split(hidden, 1, dim=2))]
     assert_close(layer(hidden, first_chunk=True), torch.cat(chunks, 2))
+
+
+@torch.no_grad()
+def test_time_convolutions_are_products_over_three_frames_channels() -> None:
+    torch.manual_seed(0)
+    conv, hidden = WanCausalConv3d(4, 5, (3, 1, 1)).double(), features(9)
+    for stride in (1, 2):
+        expected = torch.nn.functional.conv3d(hidden, conv.weight, conv.bias, stride=(stride, 1, 1))
+        assert_close(subject._time_conv(hidden, conv, stride), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("history", [False, True])
+@torch.no_grad()
+def test_one_convolution_in_the_plane_per_tap_adds_up(frames: int, history: bool) -> None:
+    torch.manual_seed(0)
+    conv, hidden = WanCausalConv3d(4, 5, 3, padding=1).double(), features(frames + 2)
+    past, hidden = (hidden[:, :, :2], hidden[:, :, 2:]) if history else (None, hidden)
+    assert_close(subject._plane_convs(hidden, past, conv), conv(hidden, past))
+
+
+@torch.no_grad()
+def test_the_norm_in_blocks_is_that_of_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    norm = WanRMS_norm(4, images=False).double()
+    torch.nn.init.uniform_(norm.gamma)
+    for values in (1, 100, 2**17):
+        monkeypatch.setattr(subject, "NORM_VALUES", values)
+        assert_close(subject._norm(features(5), norm), norm(features(5)))
+        assert_close(subject._norm_silu(features(5), norm), torch.nn.functional.silu(norm(features(5))))
+
+
+@KINDS
+@torch.no_grad()
+def test_bfloat16_is_no_farther_from_float32_than_stock(config: dict[str, Any]) -> None:
+    config = config | {"base_dim": 32}
+    vae = make_vae(config, torch.float32)
+    half = AutoencoderKLWan(**config).bfloat16().eval()
+    half.load_state_dict(vae.state_dict())
+    vae.load_state_dict({name: weight.float() for name, weight in half.state_dict().items()})
+    video_BCTHW = make_video(9, torch.bfloat16)
+    exact = vae.encode(video_BCTHW.float()).latent_dist.parameters
+    stock = (half.encode(video_BCTHW).latent_dist.parameters - exact).norm()
+    for kind in ("winograd", "plane"):
+        ours = (encode_moments(half, video_BCTHW, kind=kind) - exact).norm()  # type: ignore[arg-type]
+        assert ours <= stock

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from encode.vae import decode, encode_mode
 from encode.winograd import _TIME_WEIGHT, CONSTANT, OUTPUT_16_36, causal_conv, fits, transformed_weight
+from shared.tiny_variants import VAE_21, VAE_22
 
 LIMIT = 2e-5  # relative, of one layer in float32
-WIDE_21: dict[str, Any] = {"base_dim": 48, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-WIDE_22: dict[str, Any] = WIDE_21 | {
-    "decoder_base_dim": 48, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-    "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}  # fmt: skip
+WIDE_21 = VAE_21 | {"base_dim": 48}
+WIDE_22 = VAE_22 | {"base_dim": 48, "decoder_base_dim": 48}
 
 
 def direct(hidden: Tensor, past: Tensor | None, conv: torch.nn.Conv3d) -> Tensor:
