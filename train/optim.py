@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,17 +19,17 @@ EMBEDDING = "embedding"  # name of a concept's learned rows among the trained pa
 Optimizer = torch.optim.Optimizer | Rounded
 
 
-def make_optimizer(config: Config, trained: Parameters, rank: int = 0) -> Optimizer:
+def make_optimizer(config: Config, trained: Parameters, owners: Mapping[str, int] | None = None) -> Optimizer:
     """The configured optimizer over the trained parameters; its rate is set before every update.
 
-    `rank`: of the process that rounds its part, so that no two draw the same.
+    `owners`: rank of this process, of the parameters that only it holds: it rounds them by dice of its own.
     """
     if config.optimizer.name == "MUON" and (odd := [name for name, part in trained.items() if part.ndim != 2]):
         raise ConfigError(f"optimizer.name=MUON trains matrices only, {odd[0]} is none; use ADAMW")
     if config.optimizer.rounding == "NEAREST":
         return plain_optimizer(config, trained)
-    kahan, seed = config.optimizer.rounding == "KAHAN", config.seed + (rank << 40)
-    return Rounded(lambda name, part: plain_optimizer(config, {name: part}), trained, kahan, seed)
+    kahan = config.optimizer.rounding == "KAHAN"
+    return Rounded(lambda name, part: plain_optimizer(config, {name: part}), trained, kahan, config.seed, owners)
 
 
 def plain_optimizer(config: Config, trained: Parameters) -> torch.optim.Optimizer:

@@ -7,7 +7,9 @@ beside the weight (Zamirai et al. 2020, arXiv 2010.06192, for both).
 
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,11 +25,17 @@ def round_stochastic(wide: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Rounded:
-    """An optimizer over half-precision weights, made of one ordinary optimizer per tensor."""
+    """An optimizer over half-precision weights, made of one ordinary optimizer per tensor.
+
+    What is rounded follows from the seed, the step, the tensor's name and its owner, so that processes that hold the
+    same tensor round it alike, whatever else they hold.
+    """
 
     def __init__(self, make: Callable[[str, nn.Parameter], torch.optim.Optimizer], parts: Mapping[str, nn.Parameter],
-                 kahan: bool, seed: int) -> None:  # fmt: skip
-        self.parts, self.kahan, self.seed, self.steps = list(parts.values()), kahan, seed, 0
+                 kahan: bool, seed: int, owners: Mapping[str, int] | None = None) -> None:  # fmt: skip
+        """`owners`: rank of the process, of the tensors that only it holds."""
+        self.parts, self.kahan, self.steps = list(parts.values()), kahan, 0
+        self.seeds = [(seed, (owners or {}).get(name, 0), crc32(name.encode())) for name in parts]
         self.wide = [nn.Parameter(torch.empty(0, device=part.device)) for part in self.parts]
         self.inner = [make(name, wide) for name, wide in zip(parts, self.wide, strict=True)]
         self.lost: dict[str, Tensor] = {}  # by number of the part
@@ -40,23 +48,28 @@ class Rounded:
     @torch.no_grad()
     def step(self) -> None:
         """One update of every tensor that has a gradient."""
-        seed = (self.seed + self.steps) % 2**63
-        dice = {kind: torch.Generator(kind).manual_seed(seed) for kind in {part.device for part in self.parts}}
         self.steps += 1
         for index, (part, wide, optimizer) in enumerate(zip(self.parts, self.wide, self.inner, strict=True)):
             if part.grad is not None:
                 wide.data = part.float() + (self._lost(index).float() if self.kahan else 0)
                 wide.grad = part.grad.float()
                 optimizer.step()
+<<<<<<< HEAD
                 wide.grad = None
                 self._keep(index, part, wide.data, dice[part.device])
                 wide.data = wide.data.new_empty(0)
+=======
+                self._keep(index, part, wide.data)
+                wide.data, wide.grad = wide.data.new_empty(0), None
+>>>>>>> c187b69 (wip)
 
-    def _keep(self, index: int, part: nn.Parameter, updated: Tensor, generator: torch.Generator) -> None:
+    def _keep(self, index: int, part: nn.Parameter, updated: Tensor) -> None:
         if part.dtype != torch.bfloat16 or self.kahan:
             part.copy_(updated)
         else:
-            part.copy_(round_stochastic(updated, generator))
+            drawn = np.random.SeedSequence([*self.seeds[index], self.steps]).generate_state(1, np.uint64)
+            dice = torch.Generator(part.device).manual_seed(int(drawn[0]) >> 1)
+            part.copy_(round_stochastic(updated, dice))
         if self.kahan:
             self._lost(index).copy_(updated - part.float())
 

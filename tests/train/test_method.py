@@ -161,3 +161,21 @@ def test_small_updates_are_not_lost_in_bfloat16(kahan: bool) -> None:
     assert abs(float(part.detach().float().mean()) - 0.8) < 0.01
     lost = torch.ones(1, dtype=torch.bfloat16)
     assert all(lost.sub_(1e-4) == 1 for _ in range(100))
+
+
+def test_what_two_processes_hold_alike_they_round_alike() -> None:
+    """Undivided tensors stay equal, whatever part of the divided ones a process has; its own part has its own dice."""
+
+    def rounded(rank: int, rows: int) -> dict[str, torch.nn.Parameter]:
+        named = {"own": torch.nn.Parameter(torch.ones(rows, 64, dtype=torch.bfloat16)),
+                 "shared": torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))}  # fmt: skip
+        optimizer = Rounded(lambda _, wide: torch.optim.SGD([wide], lr=1e-3), named, False, 0, {"own": rank})
+        for _ in range(3):
+            for part in named.values():
+                part.grad = torch.ones_like(part)
+            optimizer.step()
+        return named
+
+    first, second, third = rounded(0, 64), rounded(1, 64), rounded(1, 1)
+    assert torch.equal(first["shared"], second["shared"]) and torch.equal(first["shared"], third["shared"])
+    assert not torch.equal(first["own"], second["own"]) and first["shared"].unique().numel() > 1
