@@ -137,6 +137,8 @@ def describe(config: Config, spec: ModelSpec, expert: str, steps: int, data: str
         module, arguments = NETWORKS[config.peft_type]
         facts |= {"ss_network_dim": str(config.lora_rank), "ss_network_alpha": str(config.lora_alpha),
                   "ss_network_module": module, "ss_network_args": json.dumps(arguments)}  # fmt: skip
+    if phrase := config.caption_prefix.strip(" ,"):
+        facts["modelspec.trigger_phrase"] = phrase
     return facts | {
         "format": "pt",
         "ss_base_model_version": f"wan_{spec.name}",

@@ -147,7 +147,7 @@ def test_a_fine_tune_is_a_diffusers_folder_or_one_file_with_original_names(singl
 
 
 def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
-    settings = config(single[0], lora_alpha=2.0)
+    settings = config(single[0], lora_alpha=2.0, caption_prefix="zorb, ")
     _, tensors = trained_model(single, settings)
     run = make_run(tmp_path / "run", settings, single[2])
     facts = describe(settings, run.spec, "single", 123, "a store")
@@ -155,6 +155,7 @@ def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["steps"] == metadata["ss_steps"] == "123" and metadata["store_fingerprint"] == "a store"
+    assert metadata["modelspec.trigger_phrase"] == "zorb" and metadata["modelspec.sai_model_spec"] == "1.0.0"
     assert len(metadata["base_model_hash"]) == 32 and metadata["ss_network_alpha"] == "2.0"
     assert Config.model_validate(json.loads(metadata["config"])) == settings
     weights = {name: value for name, value in load_file(path).items() if name.endswith("weight")}

@@ -14,12 +14,15 @@ from shared.config import Config
 from shared.errors import ConfigError, RunError
 from shared.models import ModelSpec
 from shared.names import original_name
+from shared.tensors import read
+from shared.weights import dit_places
 from tests.train.make import config, make_run
 from tests.train.test_export import CPU, comfy_weight, ours, pipeline, stock, trained_model
 from train.adapter import add_adapter
 from train.adapter_file import base_adapters
 from train.export import describe, formatted, write_result
 from train.load import SAVED, load_quantized
+from train.merge import Merge
 from train.model import load_model, refuse_mismatch
 from train.quantize import store
 from train.run import check_changes, start_folder
@@ -188,3 +191,29 @@ def test_adapters_of_other_models_and_broken_ones_are_refused(single: Made, tmp_
     (tmp_path / "y.safetensors").write_bytes(b"no adapter")
     with pytest.raises(RunError, match="damaged"):
         load_model(single[1], "single", merged_with(single, str(tmp_path / "y.safetensors")), CPU)
+
+
+FACTORS = {
+    "lora": {"lora_A.weight": (4, 30), "lora_B.weight": (100, 4)},
+    "dora": {"lora_A.weight": (4, 30), "lora_B.weight": (100, 4), "dora_scale": (100, 1)},
+    "loha": {"hada_w1_a": (100, 4), "hada_w1_b": (4, 30), "hada_w2_a": (100, 4), "hada_w2_b": (4, 30)},
+    "lokr": {"lokr_w1": (5, 3), "lokr_w2_a": (20, 2), "lokr_w2_b": (2, 10)},
+    "diff": {"diff": (100, 30)},
+}
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_rows_merged_in_pieces_are_the_whole(tmp_path: Path, kind: str) -> None:
+    """Pieces end wherever they like, inside a block of a Kronecker product too."""
+    torch.manual_seed(0)
+    name, stem = "blocks.0.attn1.to_q.weight", "diffusion_model.blocks.0.self_attn.q"
+    save_file({name: torch.randn(100, 30)}, tmp_path / "w.safetensors")
+    parts = {f"{stem}.{part}": torch.randn(shape) for part, shape in FACTORS[kind].items()}
+    save_file(parts | {f"{stem}.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors")
+    places = dit_places(tmp_path / "w.safetensors")
+    weight, adapters = read(places[name]), [(tmp_path / "a.safetensors", 0.6)]
+    whole = Merge(adapters, places).rows(name, 0, weight)
+    assert (whole - weight).abs().max() > 0.1
+    merge = Merge(adapters, places)
+    pieces = [merge.rows(name, first, weight[first : first + 37]) for first in range(0, 100, 37)]
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-6, atol=1e-6)
