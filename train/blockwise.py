@@ -11,7 +11,7 @@ their optimizer state lives there too. Which way is taken, and which blocks are 
 """
 
 import re
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,11 +31,14 @@ OUTSIDE = -1
 
 
 def make_updates(
-    config: Config, trained: dict[str, nn.Parameter], run_block: Any, rank: int = 0
+    config: Config, trained: dict[str, nn.Parameter], run_block: Any, owners: Mapping[str, int] | None = None
 ) -> "Inner | Blockwise":
-    """The configured optimizer; of a full fine-tune, when it can be, one that updates block by block."""
+    """The configured optimizer; of a full fine-tune, when it can be, one that updates block by block.
+
+    `owners`: rank of this process, of the parameters that only it holds.
+    """
     if not is_blockwise(config) or not isinstance(run_block, BlockRunner):
-        return make_optimizer(config, {name: part for name, part in trained.items() if part.numel()}, rank)
+        return make_optimizer(config, {name: part for name, part in trained.items() if part.numel()}, owners)
 
     def make(named: dict[str, nn.Parameter], number: int) -> Inner:
         seed = config.seed + (number << 40)  # of rounding: no two blocks draw the same

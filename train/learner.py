@@ -136,12 +136,8 @@ def load_learner(run: Run, data: Dataset, phase: Phase, done: int, group: Group,
     seed = int(random_of(config.seed, WEIGHTS, phase.first).integers(2**62))
     bank, named = make_trained(model, run, seed, data.reader, [*data.texts.values(), *config.sample_prompts])
     trained, divided = own_parts(named)
-<<<<<<< HEAD
-    optimizer = make_updates(config, trained, model.options.run_block, group.rank)
-=======
-    held = {name: part for name, part in trained.items() if part.numel()}
-    optimizer = make_optimizer(config, held, dict.fromkeys(divided, group.rank))
->>>>>>> c187b69 (wip)
+    owners = dict.fromkeys(divided, group.rank)
+    optimizer = make_updates(config, trained, model.options.run_block, owners)
     average = Average(trained, config.ema) if config.ema else None
     scale = LossScale() if config.train_dtype == "FLOAT_16" else None
     learner = Learner(model, bank, trained, divided, optimizer, average, scale)

@@ -54,14 +54,9 @@ class Rounded:
                 wide.data = part.float() + (self._lost(index).float() if self.kahan else 0)
                 wide.grad = part.grad.float()
                 optimizer.step()
-<<<<<<< HEAD
                 wide.grad = None
-                self._keep(index, part, wide.data, dice[part.device])
-                wide.data = wide.data.new_empty(0)
-=======
                 self._keep(index, part, wide.data)
-                wide.data, wide.grad = wide.data.new_empty(0), None
->>>>>>> c187b69 (wip)
+                wide.data = wide.data.new_empty(0)
 
     def _keep(self, index: int, part: nn.Parameter, updated: Tensor) -> None:
         if part.dtype != torch.bfloat16 or self.kahan:
