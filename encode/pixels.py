@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,6 +22,8 @@ from shared.files import sha256_of
 from shared.shards import SampleRecord, ShardRecord
 
 Frames = NDArray[np.uint8]
+# swscale's default cuts off where it should round: frames 1.3 levels too dark (measured on real footage)
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 def check_shard(path: Path, record: ShardRecord) -> None:
@@ -65,9 +68,8 @@ def decode_video(data: bytes) -> Frames:
     with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
-        return np.stack(
-            [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)] or [np.empty(0, np.uint8)]
-        )
+        frames = [frame.to_ndarray(format="rgb24", interpolation=EXACT) for frame in container.decode(stream)]
+        return np.stack(frames or [np.empty(0, np.uint8)])
 
 
 def decode_image(data: bytes) -> Frames:

@@ -16,7 +16,7 @@ from shared.listing import listed_samples
 from shared.shards import Index, SampleRecord, ShardRecord
 from shared.store import DatasetList, Kind, Marker, recipe_key
 
-ENCODE_VERSION = 1  # raised when the same weights would give other numbers
+ENCODE_VERSION = 2  # raised when the same weights would give other numbers
 CAPTIONS_PER_UNIT = 512  # what a crash can cost; about 0.4 GB of embeddings at 100 tokens a caption
 
 Recipe = dict[str, Any]
