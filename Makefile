@@ -18,7 +18,7 @@ config_flags = $(call flag,PRESET,preset) $(call flag,CONFIG,config) $(call flag
 store_flags = --work "$$WORK" $(call flag,STORE,store)
 run_flag = $(call flag,RUN,run)
 
-.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export embed workflow publish test soak check fmt bench bench-gpu clean
+.PHONY: help setup demo tiny ingest encode status verify push pull train plan doctor explain sample export embed workflow publish test soak check fmt bench bench-peers bench-scale bench-gpu clean
 
 help: ## this list
 	@echo "prewan: train Wan 2.2 on your own clips. First: make demo. Then, for your videos:"
@@ -141,6 +141,24 @@ fmt: $(DEV) ## format the code
 
 bench: $(DEV) ## speed against baselines measured in the same run; a table and tests/bench/*.jsonl (ROWS=names)
 	@$(PY) -m tests.bench $(call flag,ROWS,rows)
+
+# an environment per peer, made once; each has the torch build of this machine
+PEERS := .venv-peers
+$(PEERS)/%/ready: tests/bench/peers/%.txt
+	@echo "installing a peer into $(PEERS)/$* (once; some minutes) ..."
+	rm -rf $(PEERS)/$*
+	$(PYTHON) -m venv $(PEERS)/$*
+	export PIP_DISABLE_PIP_VERSION_CHECK=1
+	torch="$$($(PYTHON) shared/torch_build.py $(CHOICE)) $$(grep ^torch== constraints.txt || echo torch)"
+	$(PEERS)/$*/bin/python -m pip install -q $$torch
+	$(PEERS)/$*/bin/python -m pip install -q $${torch##* } -r $<
+	touch $@
+
+bench-peers: $(DEV) $(PEERS)/diffsynth/ready $(PEERS)/mosaicml/ready ## the same against peers that need environments of their own (DiffSynth, mosaicml)
+	@$(PY) -m tests.bench --peers $(call flag,ROWS,rows)
+
+bench-scale: $(DEV) ## cost of each stage against its work: a table and a plot in tests/bench/ (or OUT=folder)
+	@$(PY) -m tests.bench.scale $(call flag,OUT,out)
 
 bench-gpu: $(DEV) ## presets at full size on a GPU, random weights, under their cards' memory (ROWS=16gb:t2v-a14b,...)
 	@$(PY) -m tests.bench.bench_gpu $(call flag,ROWS,rows)

@@ -1,4 +1,7 @@
-"""`make bench`: every item of tests/bench/bench_*.py, or those named by ROWS, as one table and JSON rows."""
+"""`make bench`: every item of tests/bench/bench_*.py, or those named by ROWS, as one table and JSON rows.
+
+`make bench-peers` (--peers): those of bench_peers.py instead, which need environments of their own.
+"""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -9,20 +12,21 @@ import click
 from tests.bench.harness import FOLDER, Pair, device, run, table
 
 
-def items() -> dict[str, Callable[[], Iterator[Pair]]]:
+def items(peers: bool) -> dict[str, Callable[[], Iterator[Pair]]]:
     """All items by name, in the order of the files."""
     found: dict[str, Callable[[], Iterator[Pair]]] = {}
-    for path in sorted(FOLDER.glob("bench_*.py")):
+    for path in sorted(path for path in FOLDER.glob("bench_*.py") if (path.stem == "bench_peers") == peers):
         found |= importlib.import_module(f"tests.bench.{path.stem}").ITEMS
     return found
 
 
 @click.command()
 @click.option("--rows", default="", help="Names of items, separated by commas; default: all.")
+@click.option("--peers", is_flag=True, help="The items that need environments of their own.")
 @click.option("--out", type=click.Path(path_type=Path), default=FOLDER / "rows.jsonl", show_default=True)
-def main(rows: str, out: Path) -> None:
+def main(rows: str, peers: bool, out: Path) -> None:
     """Time prewan against baselines in the same run; ratios above 1 mean that prewan is faster."""
-    known = items()
+    known = items(peers)
     wanted = [name.strip() for name in rows.split(",") if name.strip()] or list(known)
     if unknown := sorted(set(wanted) - set(known)):
         raise click.UsageError(f"ROWS={rows}: no item {', '.join(unknown)}; there are: {', '.join(known)}")

@@ -21,10 +21,12 @@ from tests.bench.harness import Pair
 from tests.train.make import config, listed, make_all, make_model, make_run, make_store
 from train.data import Draw, Slots, load_step
 from train.flow import SigmaLaw
+from train.group import Group
+from train.learner import Learner
 from train.loop import accumulate
 from train.method import make_trained
 from train.model import load_model
-from train.optim import clip, make_optimizer, set_rate
+from train.optim import make_optimizer, set_rate
 from train.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -34,9 +36,9 @@ CLIP = (9, 192, 192)  # 3 x 12 x 12 tokens
 CAPTION = " ".join(["word"] * 47)  # 48 tokens with the end
 
 
-def made(folder: Path) -> tuple[Run, ModelSpec, StoreReader]:
-    """The model of the facts' step table, one clip, one caption."""
-    model = make_model(folder / "model", **WIDE)
+def made(folder: Path, **changes: int) -> tuple[Run, ModelSpec, StoreReader]:
+    """The model of the facts' step table with some changes, one clip, one caption."""
+    model = make_model(folder / "model", **WIDE | changes)
     spec = spec_of_folder(model)
     sample = listed(0, spec, CLIP, captions=(caption_key(CAPTION),))
     store = make_store(folder / "s.zarr", spec, [sample], (CAPTION,))
@@ -52,14 +54,15 @@ def our_step(run: Run, spec: ModelSpec, reader: StoreReader, slots: Slots) -> Ca
     torch.manual_seed(0)
     for name, part in trained.items():
         part.data = torch.randn(part.shape) * 0.02 if "lora_B" in name else part.data
-    optimizer = make_optimizer(run.config, trained)
+    learner, alone = Learner(model, bank, trained, {}, make_optimizer(run.config, trained), None, None), Group()
 
     def step() -> float:
-        rate = set_rate(optimizer, run.config, 0, 1)
-        loss = accumulate(model, bank, [slots], run.config, 0)
-        norm = clip(trained.values(), run.config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        rate = set_rate(learner.optimizer, run.config, 0, 1)
+        loss = accumulate(learner, [slots], run.config, 0)
+        learner.sum_gradients(alone)
+        norm = learner.clip(run.config.max_grad_norm, alone)
+        learner.step()
+        learner.optimizer.zero_grad()
         return float(torch.stack([loss, norm])[0]) + 0 * rate
 
     step.tensors = {name: part.detach().clone() for name, part in trained.items()}  # type: ignore[attr-defined]

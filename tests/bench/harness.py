@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FOLDER = Path(__file__).parent
 ROUNDS = 5  # at least
 
@@ -28,15 +30,15 @@ class Pair:
     baseline: Callable[[], Any]
     baseline_name: str
     equal: Callable[[Any, Any], None]
-    clock: str = "wall"  # or "cpu": user + system seconds of this process and its finished children
-    rounds: int = ROUNDS
+    clock: str = "wall"  # or "cpu": user + system seconds of this process and its children; or "MiB": what calls return
+    rounds: int = ROUNDS  # of seconds at least five
     work: float = 1.0  # units done by one call, for the rate
     unit: str = "call"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measured item: seconds per call (median), their ratio baseline / ours (above 1: ours is faster), spread."""
+    """A measured item: seconds (or MiB) per call, median; their ratio baseline / ours (above 1: ours needs less)."""
 
     commit: str
     device: str
@@ -53,9 +55,11 @@ class Row:
 
 
 def cpu_seconds() -> float:
-    """User + system seconds of this process and of its children that have ended."""
+    """User + system seconds of this process and of its children, whether they have ended or not."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    running = [child.cpu_times() for child in psutil.Process().children()]
+    ended = times.children_user + times.children_system
+    return times.user + times.system + ended + sum(child.user + child.system for child in running)
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
@@ -71,12 +75,11 @@ def timed(call: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, A
 def measure(pair: Pair) -> Row:
     """Check equality (this is also the warm-up), then time both sides in turns."""
     pair.equal(pair.ours(), pair.baseline())
-    clock = CLOCKS[pair.clock]
     ours, baseline = [], []
-    for turn in range(max(pair.rounds, ROUNDS)):
+    for turn in range(pair.rounds if pair.clock == "MiB" else max(pair.rounds, ROUNDS)):
         sides = [(ours, pair.ours), (baseline, pair.baseline)]
-        for times, call in sides if turn % 2 == 0 else reversed(sides):
-            times.append(timed(call, clock)[0])
+        for values, call in sides if turn % 2 == 0 else reversed(sides):
+            values.append(float(call()) if pair.clock == "MiB" else timed(call, CLOCKS[pair.clock])[0])
     ratios = [b / a for a, b in zip(ours, baseline, strict=True)]
     ratio = statistics.median(ratios)
     return Row(
@@ -90,7 +93,7 @@ def measure(pair: Pair) -> Row:
         spread=(max(ratios) - min(ratios)) / ratio,
         rounds=len(ours),
         clock=pair.clock,
-        rate=f"{pair.work / statistics.median(ours):.3g} {pair.unit}/s",
+        rate="" if pair.clock == "MiB" else f"{pair.work / statistics.median(ours):.3g} {pair.unit}/s",
         date=time.strftime("%Y-%m-%d"),
     )
 
@@ -131,6 +134,7 @@ def table(rows: list[Row]) -> str:
     head = ["item", "ours", "baseline", "", "ratio", "spread", "rate", "clock"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        lines.append([row.item, f"{row.ours_s:.4g} s", f"{row.baseline_s:.4g} s", row.baseline, f"{row.ratio:.2f}x",
-                      f"{row.spread:.0%}", row.rate, row.clock])  # fmt: skip
+        unit = "MiB" if row.clock == "MiB" else "s"
+        values = f"{row.ours_s:.4g} {unit}", f"{row.baseline_s:.4g} {unit}"
+        lines.append([row.item, *values, row.baseline, f"{row.ratio:.2f}x", f"{row.spread:.0%}", row.rate, row.clock])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
