@@ -86,7 +86,7 @@ def moved(rows: Tensor, factors: Factors, scale: float, strength: float, place: 
 def update(factors: Factors, place: slice) -> Tensor:
     """Rows of the unscaled update."""
     if "lora_A" in factors:
-        return factors["lora_B"][place] @ factors["lora_A"]
+        return factors["lora_B"].flatten(1)[place] @ factors["lora_A"].flatten(1)  # of a convolution too
     if "hada_w1_a" in factors:
         first = factors["hada_w1_a"][place] @ factors["hada_w1_b"]
         return first * (factors["hada_w2_a"][place] @ factors["hada_w2_b"])

@@ -112,6 +112,18 @@ def test_differences_of_weights_biases_and_norms_are_added(single: Made, tmp_pat
     assert all(torch.equal(state[name], base[name]) for name in base.keys() - names.values())
 
 
+def test_an_adapter_of_a_convolution_is_merged(single: Made, tmp_path: Path) -> None:
+    down, up = torch.randn(2, 16, 1, 2, 2), torch.randn(24, 2, 1, 1, 1)
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    save_file(
+        {f"diffusion_model.patch_embedding.{part}": value for part, value in parts.items()}, tmp_path / "a.safetensors"
+    )
+    base = WanTransformer3DModel.from_pretrained(single[0] / "transformer").state_dict()["patch_embedding.weight"]
+    merged = load_model(single[1], "single", merged_with(single, str(tmp_path / "a.safetensors")), CPU)
+    wanted = base + 0.5 * torch.einsum("orabc,rixyz->oixyz", up, down)
+    torch.testing.assert_close(merged.transformer.state_dict()["patch_embedding.weight"], wanted)
+
+
 @pytest.mark.parametrize("dtype", ["FLOAT_8", "NFLOAT_4"])
 def test_what_is_stored_is_the_merged_weight(single: Made, tmp_path: Path, dtype: str) -> None:
     """Merging comes before quantising; what is saved is named after the adapter's content and strength."""
