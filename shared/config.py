@@ -206,7 +206,7 @@ class Config(Strict):
         "DEFAULT", description="OFF, ON accepted"
     )
     layer_offload_fraction: float | Literal["AUTO"] = Field("AUTO", description="share of block weights kept in RAM")
-    compile: bool = Field(False, description="regional torch.compile of the blocks")
+    compile: bool = Field(False, description="regional torch.compile of the blocks: faster steps, slower start")
     attention: Literal["AUTO", "SDPA", "FLASH", "SAGE", "XFORMERS", "FLEX"] = Field("AUTO", description="backend")
 
     batch_size: int = Field(1, ge=1, description="samples per optimizer update and device")
@@ -308,7 +308,6 @@ BUILT: dict[str, tuple[Any, ...]] = {}
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "transformer.train": (True,),
-    "compile": (False,),
     "attention": ("AUTO", "SDPA"),
 }
 

@@ -17,6 +17,7 @@ from shared.store_read import StoreReader
 from shared.store_read import Text as StoredText
 from shared.weights import torch_dtype
 from train.adapter_file import base_adapters, refuse_missing
+from train.compiled import CompiledBlock
 from train.condition import concat_mask
 from train.contradictions import refuse_contradictions
 from train.flow import wide
@@ -76,6 +77,8 @@ def placed(transformer: Any, config: Config, device: torch.device, placement: Pl
     runner = place(transformer, placement, parked, device, trained=tuned)
     # an update that has begun inside the backward cannot be made again
     may = is_blockwise(config) and not is_fused(config) if tuned else True
+    if config.compile:
+        runner.forward = CompiledBlock()
     runner.may_stream_more = may and config.layer_offload_fraction == "AUTO"
     return LeanOptions(temporal_attention=config.video_config.use_temporal_attention, run_block=runner)
 

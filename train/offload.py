@@ -320,6 +320,7 @@ class BlockRunner:
     device: torch.device
     trained: bool = False  # the blocks' own matrices are
     may_stream_more: bool = False
+    forward: Callable[..., Tensor] = block_forward
 
     def __post_init__(self) -> None:
         self.numbers = {id(block): index for index, block in enumerate(self.blocks)}
@@ -341,8 +342,7 @@ class BlockRunner:
     def _run(self, index: int, block: Any, arguments: tuple[Any, ...], backward: bool) -> Tensor:
         if self.ring is not None and index in self.ring.hosts:
             self.ring.load(index, backward)
-        run: Callable[..., Tensor] = block_forward
-        return run(block, *arguments)
+        return self.forward(block, *arguments)
 
     def stream_more(self) -> bool:
         """After the device ran out of memory: compute every block again, then stream a few more; False when all are."""
