@@ -6,8 +6,8 @@ layer, other rounding: a whole encode differs by less than 5e-5 relative. Layers
 float32 from their own weights, so they come nearer to the float32 answer than the layer itself.
 
 The norm and SiLU in front of a layer are applied block by block while its pixels are in the cache, so their result is
-never stored. Cost: transformed weights, 144 float32 values for 27 of the layer's, kept for the life of the model; a
-layer whose transformed weights would take more than a quarter of free memory is left as it is.
+never stored. Cost: transformed weights, 144 float32 values for 27 of the layer's, kept for the life of the model; when
+all of them take a quarter of free memory, further layers are left as they are.
 
 Names: T H W frames and sides, C channels, P tiles of 4x4 pixels; 36 values stand for the 6x6 inputs of a tile.
 """
@@ -137,7 +137,9 @@ def _transform(weight: Tensor) -> list[Tensor]:
     weight_OIKHW = weight if weight.ndim == 5 else weight.unsqueeze(2)
     out_channels, channels, taps = weight_OIKHW.shape[:3]
     time = _TIME_WEIGHT if taps == 3 else torch.ones(1, 1, dtype=torch.float64)
-    if 36 * len(time) * out_channels * channels * 4 > SHARE_OF_FREE * psutil.virtual_memory().available:
+    wanted = 36 * len(time) * out_channels * channels * 4
+    kept = sum(tap.nbytes for _, known in _transformed.values() for tap in known)
+    if kept + wanted > SHARE_OF_FREE * (kept + psutil.virtual_memory().available):
         return []
     plane_36_9 = torch.kron(_WEIGHT, _WEIGHT)
     weight_KHWIO = weight_OIKHW.permute(2, 3, 4, 1, 0).reshape(taps, 9, -1)

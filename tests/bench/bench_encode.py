@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +18,100 @@ import zarr
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from encode.__main__ import encode as run_encode
-from encode.budget import Effort, choose_effort, encode_within_memory
+from encode.budget import Effort, choose_effort, decode_within_memory, encode_within_memory
 from encode.pixels import read_samples
-from encode.plan import Part
+from encode.plan import Part, make_plan
+from encode.recipe import recipes
 from encode.text import TextEncoder, token_ids
-from encode.worker import device, encode_batch
+from encode.vae import denormalise
+from encode.worker import Job, device, encode_batch, encode_shards
+from shared.bucket import Bucket
 from shared.models import TEXT_LENGTH
 from shared.resolve import Choice, resolve
-from shared.shards import Index, read_index, shard_folder
-from shared.store import create_store
+from shared.shards import Index, shard_folder
+from shared.store import create_store, read_markers
 from shared.store_read import StoreReader
 from shared.store_write import UnitDraft, write_latents
-from shared.weights import load_vae
+from shared.tiny_variants import VAE_22
+from shared.weights import load_vae, torch_dtype
 from tests.bench.harness import Pair
 
-VAE_22: dict[str, Any] = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
-                          "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
-                          "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}  # fmt: skip
-CASES = [("2.1", {}, torch.float32, (9, 128, 128)), ("2.2", VAE_22, torch.float32, (9, 128, 128)),
-         ("2.1", {}, torch.bfloat16, (9, 128, 128))]  # fmt: skip
-GPU_CASES = [(kind, config, torch.bfloat16, (17, 512, 512)) for kind, config in (("2.1", {}), ("2.2", VAE_22))]
+FULL_21: dict[str, Any] = {}  # the defaults of diffusers are Wan 2.1's
+FULL_22 = VAE_22 | {"base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+F32, BF16 = torch.float32, torch.bfloat16
+CASES = [("2.1", FULL_21, F32, (9, 128, 128)), ("2.2", FULL_22, F32, (9, 128, 128)),
+         ("2.1", FULL_21, BF16, (9, 128, 128)), ("2.2", FULL_22, BF16, (9, 128, 128))]  # fmt: skip
+GPU_CASES = [(kind, config, BF16, (17, 512, 512)) for kind, config in (("2.1", FULL_21), ("2.2", FULL_22))]
+DECODE_CASES = [("2.1", FULL_21, F32, (5, 64, 64)), ("2.2", FULL_22, F32, (5, 128, 128))]
+
+
+def random_half(config: dict[str, Any], dropped: str) -> Any:
+    """A full-size VAE with random weights, without its encoder or its decoder."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        vae: Any = AutoencoderKLWan(**config)
+    setattr(vae, dropped, None)
+    vae.to_empty(device="cpu").eval().requires_grad_(False)
+    generator = torch.manual_seed(0)
+    for name, weight in vae.named_parameters():
+        bound = weight[0].numel() ** -0.5
+        weight.fill_(1.0) if name.endswith("gamma") else weight.uniform_(-bound, bound, generator=generator)
+    return vae
+
+
+def vae_cases() -> Iterator[tuple[str, Any, torch.Tensor]]:
+    """Name, VAE and clip of each case on this machine's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for kind, config, dtype, size in GPU_CASES if device == "cuda" else CASES:
+        vae = random_half(config, "decoder").to(device, dtype)
+        video_BCTHW = torch.rand(1, 3, *size, generator=torch.manual_seed(1)).mul(2).sub(1).to(device, dtype)
+        yield f"{kind} {str(dtype)[6:]} {'x'.join(map(str, size))} {device}", vae, video_BCTHW
 
 
 @torch.no_grad()
 def vae_pairs() -> Iterator[Pair]:
     """encode-vae: one clip, ours over `AutoencoderKLWan.encode`."""
-    from diffusers import AutoencoderKLWan
+    torch.set_num_threads(1)
+    for name, vae, video_BCTHW in vae_cases():
+        limit = 5e-5 if vae.dtype == F32 else 5e-2
+        yield Pair(f"encode-vae {name}", ours_of(vae, video_BCTHW), stock_of(vae, video_BCTHW),
+                   "AutoencoderKLWan.encode", close_to(limit), clock="wall" if video_BCTHW.is_cuda else "cpu",
+                   unit="clip")  # fmt: skip
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for kind, config, dtype, size in GPU_CASES if device == "cuda" else CASES:
-        torch.manual_seed(0)
-        vae = AutoencoderKLWan(**config).to(device, dtype).eval().requires_grad_(False)
-        vae.decoder = None
-        video_BCTHW = torch.rand(1, 3, *size, generator=torch.manual_seed(1)).mul(2).sub(1).to(device, dtype)
-        name = f"encode-vae {kind} {str(dtype)[6:]} {'x'.join(map(str, size))} {device}"
-        limit = 5e-5 if dtype == torch.float32 else 5e-2
-        yield Pair(name, ours_of(vae, video_BCTHW), stock_of(vae, video_BCTHW), "AutoencoderKLWan.encode",
-                   close_to(limit), clock="wall" if device == "cuda" else "cpu", unit="clip")  # fmt: skip
+
+@torch.no_grad()
+def decode_pairs() -> Iterator[Pair]:
+    """decode-vae: one clip, as previews and verify decode it, over `AutoencoderKLWan.decode`."""
+    torch.set_num_threads(1)
+    for kind, config, dtype, (frames, height, width) in DECODE_CASES:
+        vae = random_half(config, "encoder").to(dtype=dtype)
+        side = 8 * (vae.config.patch_size or 1)
+        shape = (1, vae.config.z_dim, 1 + (frames - 1) // 4, height // side, width // side)
+        latent_BCthw = torch.randn(shape, generator=torch.manual_seed(1)).to(dtype)
+
+        @torch.no_grad()
+        def stock(vae: Any = vae, latent_BCthw: torch.Tensor = latent_BCthw) -> torch.Tensor:
+            sample: torch.Tensor = vae.decode(denormalise(vae, latent_BCthw)).sample
+            return sample
+
+        ours = partial(decode_within_memory, vae, latent_BCthw)
+        yield Pair(f"decode-vae {kind} {str(dtype)[6:]} {frames}x{height}x{width} cpu", ours, stock,
+                   "AutoencoderKLWan.decode", close_to(5e-5), clock="cpu", unit="clip")  # fmt: skip
 
 
 def ours_of(vae: Any, video_BCTHW: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: encode_within_memory(vae, video_BCTHW, Effort(1, None))[0].float().cpu()
+    effort = Effort(1, choose_effort(vae, Bucket(*video_BCTHW.shape[2:]), video_BCTHW.device).chunk)
+    return lambda: encode_within_memory(vae, video_BCTHW, effort)[0].float().cpu()
 
 
-def stock_of(vae: Any, video_BCTHW: torch.Tensor) -> Callable[[], torch.Tensor]:
+def stock_of(vae: Any, video_BCTHW: torch.Tensor) -> Callable[[], Any]:
     mean, std = (
         video_BCTHW.new_tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
     )
 
     @torch.no_grad()
-    def stock() -> torch.Tensor:
+    def stock() -> Any:
         return ((vae.encode(video_BCTHW).latent_dist.mode() - mean) / std).float().cpu()
 
     return stock
@@ -120,36 +164,42 @@ def text_pairs() -> Iterator[Pair]:
 
 
 def stage_pairs() -> Iterator[Pair]:
-    """encode-stage: shards to committed units, over the VAE alone on frames that are already in memory."""
+    """encode-stage: shards to committed units, process start excluded, over the VAE alone on frames in memory."""
     from tests.encode.make import add_shard, index_of
 
+    torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp())
     index: Index = index_of(
-        work, [add_shard(work, f"{n}.tar", range(8 * n, 8 * n + 8), size=(17, 64, 64)) for n in range(4)]
+        work, [add_shard(work, f"{n}.tar", range(8 * n, 8 * n + 8), size=(17, 128, 128)) for n in range(2)]
     )
     resolved = resolve(Choice(preset="demo"))
-    vae = load_vae(resolved.spec, torch.float32)
+    vae = load_vae(resolved.spec, torch_dtype(resolved.config.vae.weight_dtype))
     clips = []
     for shard in index.shards:
         of_shard = [sample for sample in index.samples if sample.shard == shard.name]
         clips += list(read_samples(shard_folder(work) / shard.name, of_shard))
+    wanted = recipes(resolved.config, resolved.spec)
+    job = Job(work, work / "latents.zarr", resolved.config, resolved.spec, wanted)
 
-    def ours() -> int:
-        shutil.rmtree(work / "latents.zarr", ignore_errors=True)
-        run_encode(work, work / "latents.zarr", Part(), resolved)
-        return len(StoreReader([work / "latents.zarr"]).latents)
+    def ours() -> list[NDArray[np.float16]]:
+        shutil.rmtree(job.store, ignore_errors=True)
+        create_store(job.store)
+        encode_shards(job, make_plan(index, {}, wanted, read_markers(job.store), Part()).shards, lambda count: None)
+        reader = StoreReader([job.store])
+        return [reader.latent(sample.key) for sample in index.samples]
 
     effort = choose_effort(vae, index.samples[0].bucket, device())
 
-    def alone() -> int:
-        for first in range(0, len(clips), min(effort.batch, 8)):
-            encode_batch(vae, clips[first : first + min(effort.batch, 8)], "latents", effort)
-        return len(read_index(work).samples)
+    def alone() -> list[NDArray[np.float16]]:
+        starts = range(0, len(clips), effort.batch)
+        batches = [encode_batch(vae, clips[start : start + effort.batch], "latents", effort)[0] for start in starts]
+        return list(np.concatenate(batches).astype(np.float16))
 
-    def equal(one: int, other: int) -> None:
-        assert one == other
+    def equal(one: Any, other: Any) -> None:
+        np.testing.assert_allclose(np.stack(one).astype(np.float32), np.stack(other), rtol=2e-3, atol=2e-3)
 
-    yield Pair("encode-stage", ours, alone, "the VAE alone (goal 0.9)", equal, work=len(clips), unit="clip")
+    yield Pair("encode-stage 17x128x128, tiny VAE", ours, alone, "the VAE alone (goal 0.9)", equal, rounds=9,
+               work=len(clips), unit="clip")  # fmt: skip
     shutil.rmtree(work)
 
 
@@ -211,4 +261,10 @@ def webdataset_corners(path: Path) -> list[float]:
     return [float(sample["npy"][0, 0, 0, 0]) for samples in passes for sample in samples]
 
 
-ITEMS = {"encode-vae": vae_pairs, "encode-text": text_pairs, "encode-stage": stage_pairs, "read": read_pairs}
+ITEMS = {
+    "encode-vae": vae_pairs,
+    "decode-vae": decode_pairs,
+    "encode-text": text_pairs,
+    "encode-stage": stage_pairs,
+    "read": read_pairs,
+}
