@@ -79,7 +79,7 @@ def test_the_command_reports_and_draws(work: Path, model: Path) -> None:
     store = run(work, model)
     said = command("encode", "verify", "--work", work, "--model", model, "--preset", "demo", "--samples", 2)
     assert "all intact" in said
-    assert said.count(" dB ") == 2
+    assert said.count(" dB  ") == 2
     with Image.open(work / "verify.png") as sheet:
         assert sheet.width > 2 * 48
     unit = next(marker for marker in read_markers(store) if marker.kind == "text")
