@@ -46,6 +46,11 @@ class Group(click.Group):
         """Run the command line."""
         try:
             return super().main(*args, **kwargs | {"standalone_mode": False})
+        except click.MissingParameter as error:
+            flag = error.param.opts[0] if error.param is not None else str(error.param_hint)
+            variable = flag.strip("-").upper()
+            click.echo(f"error: {flag} is missing (with make: {variable}=...); --help explains", err=True)
+            sys.exit(2)
         except click.ClickException as error:
             error.show()
             sys.exit(2)

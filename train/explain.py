@@ -7,6 +7,7 @@ from typing import Any
 from shared.config import leaf_keys
 from shared.geometry import geometry
 from shared.resolve import Resolved, to_json
+from shared.words import counted
 from train.data import Plan, micro_batch_size
 from train.model import pick_device
 from train.phases import make_phases, training_shift
@@ -54,7 +55,7 @@ def plan_lines(resolved: Resolved, data: Dataset, plan: Plan) -> list[str]:
         batch, part = min(plan.batch_size, count), micro_batch_size(config, bucket)
         last = f", the last of {count % batch}" if count % batch else ""
         parts = f", computed {part} at a time" if part < batch else ""
-        lines.append(f"size {bucket}: {count} samples per epoch in batches of {batch}{last}{parts}")
+        lines.append(f"size {bucket}: {counted(count, 'sample')} per epoch in batches of {batch}{last}{parts}")
     phases = make_phases(config, resolved.spec, total)
     for phase in phases if resolved.spec.boundary is not None else ():
         lines.append(

@@ -119,8 +119,8 @@ class RunLog:
         rate = (row["step"] - self.first) / (now - self.started)
         eta = timedelta(seconds=round((self.total - row["step"]) / rate))
         line = (
-            f"{row['step']}/{self.total} ETA {eta} loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.2f} step/s "
-            f"{rate * samples:.1f} samples/s wait {self.waited / (now - self.started):.0%} {peak_memory():.1f} GiB"
+            f"{row['step']}/{self.total} ETA {eta} loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.3g} step/s "
+            f"{rate * samples:.3g} samples/s wait {self.waited / (now - self.started):.0%} {peak_memory():.1f} GiB"
         )
         if not self.progress.disable:
             self.progress.update(self.task, completed=row["step"], line=line)

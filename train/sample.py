@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +35,8 @@ from train.flow import expert_range, shifted
 from train.model import TextBank, predict
 from train.run import Run
 from train.stores import open_texts
+
+Advance = Callable[[float], None]  # is told how many more steps were taken
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,19 @@ def stored_conditions(scene: Scene, run: Run) -> Tensor:
     return torch.stack([torch.from_numpy(row.copy()).float() for row in rows])
 
 
+def steps_of(scene: Scene, spec: ModelSpec, expert: str) -> list[tuple[float, float]]:
+    """The (sigma, following sigma) of an expert's share of the sampler's steps."""
+    low, high = expert_range(expert, spec.boundary)
+    pairs = pairwise(sigma_grid(scene.steps, spec.sample_shift))
+    return [pair for pair in pairs if low <= pair[0] < high or (pair[0] == high == 1.0)]
+
+
 @torch.no_grad()
-def sample_range(bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, start: Start) -> tuple[Tensor, Tensor]:
+def sample_range(
+    bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, start: Start, advance: Advance = lambda steps: None
+) -> tuple[Tensor, Tensor]:
     """Take the steps of one expert from `start`; returns the latents there and the clean latents predicted last."""
     model = bank.model
-    low, high = expert_range(expert, spec.boundary)
-    grid = sigma_grid(scene.steps, spec.sample_shift)
     guidance = scene.guidance[0] if expert == "high_noise" else scene.guidance[1]
     training = model.transformer.training
     model.transformer.eval()
@@ -141,12 +150,12 @@ def sample_range(bank: TextBank, spec: ModelSpec, scene: Scene, expert: str, sta
     for number, prompt in enumerate(scene.prompts):
         here = start.row(number, model.device)
         state = clean = with_first(here.latent_BCthw, here.first_BCthw)
-        for sigma, following in pairwise(grid):
-            if low <= sigma < high or (sigma == high == 1.0):
-                wish = (scene.key(prompt), scene.key(scene.negative), guidance)
-                velocity = guided(bank, here._replace(latent_BCthw=state), sigma, wish)
-                clean = with_first(state - sigma * velocity, here.first_BCthw)
-                state = with_first(state + (following - sigma) * velocity, here.first_BCthw)
+        for sigma, following in steps_of(scene, spec, expert):
+            wish = (scene.key(prompt), scene.key(scene.negative), guidance)
+            velocity = guided(bank, here._replace(latent_BCthw=state), sigma, wish)
+            clean = with_first(state - sigma * velocity, here.first_BCthw)
+            state = with_first(state + (following - sigma) * velocity, here.first_BCthw)
+            advance(1)
         results.append((state.cpu(), clean.cpu()))
     model.transformer.train(training)
     return torch.cat([state for state, _ in results]), torch.cat([clean for _, clean in results])

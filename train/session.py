@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import click
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from shared.bucket import parse_bucket
 from shared.config import Config, OutputFormat
 from shared.errors import RunError
 from shared.files import write_json
+from shared.progress import progress
 from shared.resolve import Resolved
 from train import checkpoint, export
 from train.adapter import copy_into
@@ -35,6 +37,7 @@ from train.sample import (
     scene_of,
     start_decode,
     start_of,
+    steps_of,
     write_latents,
 )
 from train.stores import Dataset, open_dataset
@@ -99,6 +102,7 @@ def sample_run(folder: Path, wish: dict[str, Any], weights: Weights, out: Path |
     while (path := target / f"{weights if weights == 'base' else 'sample'}-{number}.safetensors").exists():
         number += 1
     write_latents(path, latents, scene.prompts, run.spec, run.config)
+    click.echo(f"decoding {path} ...", err=True)
     if start_decode(path, run).wait() != 0:
         raise RunError(f"{path} could not be decoded, see {path.with_suffix('.log')}; the latents are kept")
     return path.with_suffix("")
@@ -111,7 +115,9 @@ def sample_latents(run: Run, scene: Scene, weights: Weights, pictures: Pictures 
     for expert in run.spec.experts:
         model = load_model(run.spec, expert, run.config, pick_device())
         bank = trained_bank(run, expert, weights, TextBank(model, reader), scene.texts)
-        state, _ = sample_range(bank, run.spec, scene, expert, start)
+        total = len(scene.prompts) * len(steps_of(scene, run.spec, expert))
+        with progress("sample" if expert == "single" else f"sample {expert}", total) as advance:
+            state, _ = sample_range(bank, run.spec, scene, expert, start, advance)
         start = start._replace(latent_BCthw=state)
     return start.latent_BCthw
 

@@ -86,7 +86,7 @@ class Task:
         """First signal: stop after this step, with a checkpoint. The second one ends the process at once."""
         self.stopping = number
         signal.signal(number, signal.SIG_DFL)
-        self.log.say("stopping after this step; once more stops at once, and loses what is not saved yet")
+        self.log.say("stopping after this step; Ctrl-C again stops at once, and loses what is not saved yet")
 
     def load(self, phase: Phase) -> Learner:
         """Load an expert as its phase, or its newest checkpoint, wants it."""

@@ -31,3 +31,7 @@ def test_a_work_folder_that_is_a_file_is_refused(tmp_path: Path, inside: str) ->
     line = refused("ingest", "--data", tmp_path / "data", "--work", tmp_path / "file" / inside, "--preset", "cpu")
     assert str(tmp_path / "file") in line
     assert "a file is where a folder is wanted" in line
+
+
+def test_a_missing_option_is_one_line_that_names_the_make_variable() -> None:
+    assert refused("encode", "push") == "error: --to is missing (with make: TO=...); --help explains"

@@ -32,7 +32,7 @@ from train.session import start
 Made = tuple[Path, ModelSpec, Path]
 STEPS = 4
 TIMINGS = {"seconds", "samples_per_second", "data_wait", "peak_memory_gib"}
-LINE = (r"ETA 0:00:00 loss (\d\.\d{4}) lr \d\.\de-\d\d \d+\.\d\d step/s \d+\.\d samples/s "
+LINE = (r"ETA 0:00:00 loss (\d\.\d{4}) lr \d\.\de-\d\d [\d.e+]+ step/s [\d.e+]+ samples/s "
         r"wait \d+% \d\.\d GiB\n")  # fmt: skip
 
 
