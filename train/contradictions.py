@@ -45,7 +45,8 @@ def refuse_method_mismatch(config: Config) -> None:
         f"text_encoder.weight_dtype={text.weight_dtype}: text_encoder.train updates the weights; use FLOAT_32 or "
         f"{compute}": text.train and text.weight_dtype not in (compute, "FLOAT_32"),
         f"{form}: LORA gives an adapter; use COMFY_LORA, DIFFUSERS_LORA or KOHYA_LORA": lora and not lora_form,
-        f"{form} cannot hold {kind}; use COMFY_LORA": lora and not plain and config.output_model_format != "COMFY_LORA",
+        f"{form} cannot hold {kind}, of which diffusers reads nothing; use COMFY_LORA or KOHYA_LORA":
+            lora and not plain and config.output_model_format == "DIFFUSERS_LORA",
         "resume_from_adapter starts plain LoRA training; it needs training_method and peft_type LORA":
             config.resume_from_adapter is not None and not (lora and plain),
         f"optimizer.rounding={rounding} is for trained weights in BFLOAT_16; use NEAREST":
