@@ -260,4 +260,10 @@ def ensure_texts(texts: Sequence[str], run: Run) -> StoreReader:
             f"prompt {missing[0]!r} has no stored embedding and could not be encoded ({last_line(finished.stderr)}); "
             "add it to sample_prompts and run: make encode"
         )
-    return open_texts(stores, run.spec)
+    reader = open_texts(stores, run.spec)
+    if any(text_key(text, concept) not in reader.texts for text in missing):
+        raise RunError(
+            f"prompt {missing[0]!r} was embedded, but not as the store's captions were (other weights, or another "
+            "text_encoder.weight_dtype), which does not mix; run make encode with this run's PRESET, CONFIG and SET"
+        )
+    return reader

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from shared.concept import text_key
 from shared.config import Config
+from shared.errors import RunError
 from shared.keys import caption_key
 from shared.models import TINY_FOLDER, model_spec
 from shared.resolve import PRESETS, read_layer
@@ -18,6 +19,7 @@ from shared.store_read import StoreReader
 from tests.train.make import listed, make_run, make_store, trained
 from train.__main__ import main
 from train.run import Run
+from train.sample import ensure_texts
 from train.session import start
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -70,3 +72,9 @@ def test_the_readmes_lines_make_a_video_of_it(run: Run, monkeypatch: pytest.Monk
     names: dict[str, object] = {}
     exec(snippet, names)
     assert getattr(names["video"], "shape", None) == (5, 32, 32, 3)
+
+
+def test_a_text_embedded_by_other_weights_than_the_captions_is_refused(run: Run) -> None:
+    """The made store names weights that are not tiny's."""
+    with pytest.raises(RunError, match=r"nobody stored.*make encode"):
+        ensure_texts(["a prompt that nobody stored"], run)
