@@ -308,7 +308,6 @@ BUILT: dict[str, tuple[Any, ...]] = {}
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
 BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
     "transformer.train": (True,),
-    "attention": ("AUTO", "SDPA"),
 }
 
 

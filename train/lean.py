@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class Rope(NamedTuple):
     cos_N1f: Tensor
     sin_N1f: Tensor
     attention_span: int
+    backend: str = "native"  # of self-attention, diffusers' name
 
 
 BlockForward = Callable[[WanTransformerBlock, Tensor, Text, Modulation, Rope, bool], Tensor]
@@ -81,6 +83,7 @@ class LeanOptions:
     fuse_qkv: bool = True  # False: call every linear as a module
     checkpoint_blocks: int = 0  # so many leading blocks keep their input only and are computed again in the backward
     temporal_attention: bool = True  # False: self-attention inside each latent frame only (this one does change it)
+    attention: str = "native"  # backend of self-attention, by diffusers' name
     run_block: BlockForward | None = None  # replaces `block_forward`, for instance to stream or compile blocks
 
 
@@ -142,6 +145,7 @@ def lean_forward(
     hidden_BNd = transformer.patch_embedding(latent_BCthw).flatten(2).transpose(1, 2).contiguous()
     embedded_BKd, modulation = _modulation(transformer, timestep_BK, text.rows_BSd.dtype, places.token_timestep_N)
     rope = _rope(transformer, latent_BCthw.shape[2:], places.frame_positions_t)
+    rope = rope._replace(backend=options.attention)
     if not options.temporal_attention:
         rope = rope._replace(attention_span=hidden_BNd.shape[1] // latent_BCthw.shape[2])
     run = options.run_block or block_forward
@@ -229,11 +233,20 @@ def _self_attention(attention: Any, hidden_BNd: Tensor, rope: Rope, fuse: bool) 
     query = _rotate(_heads(_rms_norm(query, attention.norm_q), attention.heads), rope)
     key = _rotate(_heads(_rms_norm(key, attention.norm_k), attention.heads), rope)
     value = _heads(value, attention.heads)
+    mixed = _attend(query, key, value, rope)
+    return linears(mixed.reshape(hidden_BNd.shape[0], hidden_BNd.shape[1], -1), [attention.to_out[0]], fuse)[0]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, rope: Rope) -> Tensor:
+    """(B, N, H, D) three times to the mixed values, whose leading dimensions hold the same tokens in the same order."""
+    if rope.backend != "native":
+        parts = (part.reshape(-1, rope.attention_span, *part.shape[2:]) for part in (query, key, value))
+        mixed: Tensor = dispatch_attention_fn(*parts, backend=AttentionBackendName(rope.backend))
+        return mixed
     query, key, value = (_spans(part, rope.attention_span) for part in (query, key, value))
     if query.shape[1] == 1:  # one span: four dimensions reach the fast kernels
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(-3, -2)
-    return linears(mixed.reshape(hidden_BNd.shape[0], hidden_BNd.shape[1], -1), [attention.to_out[0]], fuse)[0]
+    return F.scaled_dot_product_attention(query, key, value).transpose(-3, -2)
 
 
 def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:

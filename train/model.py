@@ -17,6 +17,7 @@ from shared.store_read import StoreReader
 from shared.store_read import Text as StoredText
 from shared.weights import torch_dtype
 from train.adapter_file import base_adapters, refuse_missing
+from train.attention import choose
 from train.compiled import CompiledBlock
 from train.condition import concat_mask
 from train.contradictions import refuse_contradictions
@@ -80,7 +81,8 @@ def placed(transformer: Any, config: Config, device: torch.device, placement: Pl
     if config.compile:
         runner.forward = CompiledBlock()
     runner.may_stream_more = may and config.layer_offload_fraction == "AUTO"
-    return LeanOptions(temporal_attention=config.video_config.use_temporal_attention, run_block=runner)
+    temporal, attention = config.video_config.use_temporal_attention, choose(config, device).name
+    return LeanOptions(temporal_attention=temporal, attention=attention, run_block=runner)
 
 
 def load_trainable(spec: ModelSpec, expert: str, config: Config, device: torch.device, placement: Placement) -> Model:

@@ -16,6 +16,7 @@ from shared.progress import progress
 from shared.resolve import Resolved
 from train import checkpoint, export
 from train.adapter import copy_into
+from train.attention import choose
 from train.contradictions import refuse_method_mismatch
 from train.data import Plan
 from train.explain import derived, plan_lines
@@ -61,6 +62,7 @@ def start(run: Run, finished: bool, group: Group = ALONE, loader: Loader = load_
     if finished and saved is not None and checkpoint.read_state(saved).step >= plan.total_steps():
         print(f"{run.folder} is finished; train on with a larger max_steps, or start anew with RESUME=no")
         return
+    attention = choose(run.config, pick_device())
     memory = plan_for_device(run.config, run.spec, pick_device())
     refuse_if_too_large(memory, run.config, run.spec, stream=pick_device().type != "cpu")
     torch.use_deterministic_algorithms(run.config.deterministic)
@@ -69,7 +71,7 @@ def start(run: Run, finished: bool, group: Group = ALONE, loader: Loader = load_
     done = state.step if state is not None else 0
     with RunLog(run.folder, done, plan.total_steps()) if group.first else NoLog() as log:
         several = [f"processes: {group.world}"] if group.world > 1 else []
-        facts = [*derived(run.resolved), *several, *plan_lines(run.resolved, data, plan)]
+        facts = [*derived(run.resolved), attention.said, *several, *plan_lines(run.resolved, data, plan)]
         for line in [f"run: {run.folder}", *facts, *remarks, *more]:
             log.say(line)
         log.text("config", run.config.model_dump_json(indent=1))
