@@ -44,18 +44,12 @@ def write_folder(run: Run, repo: str) -> Path:
             chart(losses, "validation loss (held-out clips, fixed noise)", "step").save(file, "PNG")
     write_json(folder / "config.json", to_json(run.config))
     workflows = []
-    if run.config.output_model_format not in ("DIFFUSERS", "DIFFUSERS_LORA") and not pair_or_output(run):
+    if run.config.training_method != "EMBEDDING" and not run.config.output_model_format.startswith("DIFFUSERS"):
         workflows = [write_workflow(run, folder)[0].name]
     card = model_card(run, repo, [path.name for path in files], videos, losses, workflows)
     with atomic_write(folder / "README.md") as out:
         out.write(card.encode())
     return folder
-
-
-def pair_or_output(run: Run) -> bool:
-    """Whether it learned embeddings that ComfyUI has no node for."""
-    output = run.config.embedding.kind == "OUTPUT"
-    return run.config.training_method == "EMBEDDING" and (output or run.spec.boundary is not None)
 
 
 def results(run: Run) -> list[Path]:

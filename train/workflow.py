@@ -57,11 +57,10 @@ def write_workflow(run: Run, out: Path | None) -> tuple[Path, list[str]]:
 def result_files(run: Run) -> dict[str, Path]:
     """Expert -> exported file that ComfyUI loads; raises RunError naming the export command when there is none."""
     method, form = run.config.training_method, run.config.output_model_format
-    concept = run.config.embedding
-    if method == "EMBEDDING" and (concept.kind == "OUTPUT" or run.spec.boundary is not None):
-        raise RunError(f"{run.folder} learned rows behind the text encoder, or a pair of them, which no ComfyUI node "
-                       "takes; use them with diffusers")  # fmt: skip
-    wanted = LORA_FORMATS if method == "LORA" else ("SAFETENSORS",)
+    if method == "EMBEDDING":  # comfy/text_encoders/wan.py gives its tokenizer no folder of embeddings
+        raise RunError(f"{run.folder} learned an embedding, which ComfyUI does not load for Wan; use it with "
+                       f'diffusers: make embed RUN={run.folder} PROMPT="..."')  # fmt: skip
+    wanted = ("SAFETENSORS",) if method == "FINE_TUNE" else LORA_FORMATS
     stems = [run.name] if form in wanted else []
     stems += [f"{run.name}-{name.lower()}" for name in wanted]
     found = {}
@@ -82,8 +81,6 @@ def workflow(run: Run, scene: Scene, results: dict[str, str]) -> Graph:
     text = graph.add("CLIPLoader", clip_name=TEXT_FILE, type="wan", device="default")
     vae = graph.add("VAELoader", vae_name=VAE_FILES.get(spec.vae.channels, "vae.safetensors"))
     prompt = scene.prompts[0] if scene.prompts else f"{run.config.caption_prefix} your prompt".strip()
-    if run.config.training_method == "EMBEDDING":  # ComfyUI's words for a file in models/embeddings
-        prompt = prompt.replace(run.config.embedding.placeholder, f"embedding:{Path(results['single']).stem}")
     positive = graph.add("CLIPTextEncode", title="prompt", clip=text, text=prompt)
     negative = graph.add("CLIPTextEncode", title="negative prompt", clip=text, text=scene.negative)
     inputs = {"positive": positive, "negative": negative}
@@ -160,6 +157,4 @@ def places(graph: Graph, results: dict[str, Path]) -> list[str]:
     own = {path.name: f" (copy {path})" for path in results.values()}
     lines = [f"{folders[key]}: {value}{own.get(value, '')}" for node in graph.nodes.values()
              for key, value in node["inputs"].items() if key in folders]  # fmt: skip
-    used = "\n".join(lines)
-    lines += [f"models/embeddings: {name}{copy}" for name, copy in own.items() if name not in used]
     return list(dict.fromkeys(lines))
