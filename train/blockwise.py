@@ -13,7 +13,7 @@ their optimizer state lives there too. Which way is taken, and which blocks are 
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -265,8 +265,9 @@ def held_states(optimizer: Inner) -> Iterable[MutableMapping[str, Any]]:
 
 
 def float_norms(gradients: list[Tensor]) -> list[Tensor]:
-    """Norm of each tensor, summed in float32."""
-    return list(torch._foreach_norm(gradients, 2, torch.float32)) if gradients else []
+    """Norm of each tensor, summed in float32 or wider."""
+    widest = reduce(torch.promote_types, (part.dtype for part in gradients), torch.float32)
+    return list(torch._foreach_norm(gradients, 2, widest)) if gradients else []
 
 
 def total_norm(norms: Iterable[Tensor]) -> Tensor:
