@@ -51,7 +51,7 @@ class VideoConfig(Strict):
 class TransformerConfig(Strict):
     """The DiT."""
 
-    train: bool = Field(True, description="train it (directly, or through an adapter)")
+    train: bool = Field(True, description="false: FINE_TUNE trains the text encoder alone")
     learning_rate: float | None = Field(None, gt=0, description="its own rate, else learning_rate")
     weight_dtype: StorageDtype = Field("BFLOAT_16", description="storage of its frozen weights")
 
@@ -302,13 +302,16 @@ class Config(Strict):
             raise ValueError("must be AUTO or between 0 and 1")
         return value
 
+    @property
+    def trains_dit(self) -> bool:
+        """Whether the DiT's own weights are trained."""
+        return self.training_method == "FINE_TUNE" and self.transformer.train
+
 
 # What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
 BUILT: dict[str, tuple[Any, ...]] = {}
 # Likewise, but refused by train alone: presets that ingest and encode read too may name them.
-BUILT_TRAIN: dict[str, tuple[Any, ...]] = {
-    "transformer.train": (True,),
-}
+BUILT_TRAIN: dict[str, tuple[Any, ...]] = {}
 
 
 def leaf_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -29,12 +29,17 @@ def refuse_method_mismatch(config: Config) -> None:
     form, kind = f"output_model_format={config.output_model_format}", f"peft_type={config.peft_type}"
     method, text = config.training_method, config.text_encoder
     whole, lora = method == "FINE_TUNE", method == "LORA"
+    dit = config.trains_dit
     plain = config.peft_type == "LORA"
     lora_form = config.output_model_format.endswith("_LORA")
     rounding = config.optimizer.rounding
     contradictions = {
         f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}":
-            whole and storage not in (compute, "FLOAT_32"),
+            dit and storage not in (compute, "FLOAT_32"),
+        "transformer.train=false: LORA is an adapter of the transformer, so nothing would be trained; leave it on":
+            lora and not config.transformer.train,
+        "transformer.train=false: nothing would be trained; leave it on, or set text_encoder.train=true":
+            whole and not config.transformer.train and not text.train,
         "prior.prediction needs the untrained model beside the trained one; use LORA, or leave it off":
             whole and config.prior.prediction,
         f"{form}: FINE_TUNE gives whole weights; use SAFETENSORS or DIFFUSERS": whole and lora_form,
@@ -50,9 +55,9 @@ def refuse_method_mismatch(config: Config) -> None:
         "resume_from_adapter starts plain LoRA training; it needs training_method and peft_type LORA":
             config.resume_from_adapter is not None and not (lora and plain),
         f"optimizer.rounding={rounding} is for trained weights in BFLOAT_16; use NEAREST":
-            rounding != "NEAREST" and not (whole and storage == "BFLOAT_16"),
+            rounding != "NEAREST" and "BFLOAT_16" not in ([storage] * dit + [text.weight_dtype] * text.train),
         "transformer.weight_dtype=FLOAT_16: small updates of such weights vanish, and loss scaling cannot help; use "
-        "FLOAT_32": whole and storage == "FLOAT_16",
+        "FLOAT_32": dit and storage == "FLOAT_16",
         "text_encoder.weight_dtype=FLOAT_16: small updates of such weights vanish, and loss scaling cannot help; use "
         "FLOAT_32": text.train and text.weight_dtype == "FLOAT_16",
         "clip=BLOCK limits each block's norm in a full fine-tune of one process, not in FLOAT_16, with optimizer.name "

@@ -101,7 +101,7 @@ def empty_transformer(spec: ModelSpec, config: Config, num_layers: int = 1) -> A
         transformer = WanTransformer3DModel(**dit_config(spec) | {"num_layers": num_layers}).requires_grad_(False)
         train = TORCH_DTYPES[config.train_dtype]
         storage = TORCH_DTYPES.get(config.transformer.weight_dtype, train)
-        fine_tune = config.training_method == "FINE_TUNE"
+        fine_tune = config.trains_dit
         if config.transformer.weight_dtype != config.train_dtype and not fine_tune:
             hold_stored(transformer, config.transformer.weight_dtype)
         for name, parameter in transformer.named_parameters():
@@ -160,7 +160,7 @@ def block_cost(spec: ModelSpec, config: Config, bucket: Bucket, micro_batch: int
     with FakeTensorMode():
         to_fake(transformer)
         hidden, text, modulation, rope = block_inputs(transformer, spec, config, (bucket, micro_batch))
-        autocast = config.training_method == "FINE_TUNE" and config.transformer.weight_dtype != config.train_dtype
+        autocast = config.trains_dit and config.transformer.weight_dtype != config.train_dtype
         block = transformer.blocks[0]
         for parameter in block.parameters():
             if parameter.requires_grad:

@@ -200,14 +200,16 @@ def write_result(
         metadata = metadata | {CONFIG_KEY: json.dumps(plainly, sort_keys=True)}
     if form != "DIFFUSERS":
         path = folder / (f"{stem}.safetensors" if expert == "single" else f"{stem}_{expert}.safetensors")
-        write_file(path, plain, metadata)
-        beside = [folder / f"{stem}_text_encoder.safetensors"] if text else []
-        for file in beside:
-            write_text_encoder(file, run, text, metadata)
-        return [path, *beside]
-    part = dict(run.spec.expert_folders)[expert]
-    write_json(folder / stem / part / "config.json", read_json(config_of(run, expert)))
-    write_file(folder / stem / part / "diffusion_pytorch_model.safetensors", plain, metadata)
+        beside = folder / f"{stem}_text_encoder.safetensors"
+        if plain:
+            write_file(path, plain, metadata)
+        if text:
+            write_text_encoder(beside, run, text, metadata)
+        return [path] * bool(plain) + [beside] * bool(text)
+    if plain:
+        part = dict(run.spec.expert_folders)[expert]
+        write_json(folder / stem / part / "config.json", read_json(config_of(run, expert)))
+        write_file(folder / stem / part / "diffusion_pytorch_model.safetensors", plain, metadata)
     if text:
         source = model_folder(run.spec, ("text_encoder",)) / "text_encoder" / "config.json"
         write_json(folder / stem / "text_encoder" / "config.json", read_json(source))

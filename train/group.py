@@ -36,7 +36,7 @@ class Group:
 
     def divides(self, config: Config) -> bool:
         """Whether trained weights are divided among the processes (shard.py), not kept whole by each."""
-        return self.world > 1 and config.training_method == "FINE_TUNE"
+        return self.world > 1 and config.trains_dit
 
     def agree(self, choose: Callable[[], Value]) -> Value:
         """What the first process chooses, on all."""

@@ -110,14 +110,14 @@ def placements(config: Config, blocks: int) -> Iterable[Placement]:
         refuse_streaming(config, streamed)
         return [Placement(streamed, blocks if recompute else streamed)]
     again = [Placement(0, count) for count in range(blocks + 1)] if recompute else [Placement(0, 0)]
-    if config.training_method == "FINE_TUNE" and not is_blockwise(config):
+    if config.trains_dit and not is_blockwise(config):
         return again
     return [*again, *(Placement(count, blocks if recompute else count) for count in range(1, blocks + 1))]
 
 
 def refuse_streaming(config: Config, streamed: int) -> None:
     """Raise ConfigError when weights are to stream that the optimizer must see all at once."""
-    if streamed and config.training_method == "FINE_TUNE" and not is_blockwise(config):
+    if streamed and config.trains_dit and not is_blockwise(config):
         raise ConfigError(
             f"layer_offload_fraction={config.layer_offload_fraction}: a full fine-tune streams in one process, not in "
             f"FLOAT_16, with optimizer.name {', '.join(SEPARABLE)}; change that, or use AUTO"
@@ -188,7 +188,7 @@ def trained_bytes(config: Config, weights: WeightCost, streamed: int) -> tuple[d
 
     Adapters are float32; a full fine-tune has the weights' dtype, and what belongs to streamed blocks in RAM.
     """
-    if config.training_method == "FINE_TUNE":
+    if config.trains_dit:
         return tuned_bytes(config, weights, streamed)
     shapes = [*weights.trained_per_block * weights.blocks, *weights.trained_outside]
     if config.training_method == "EMBEDDING":
@@ -225,7 +225,7 @@ def tuned_bytes(config: Config, weights: WeightCost, streamed: int) -> tuple[dic
 
 def update_bytes(config: Config, weights: WeightCost) -> int:
     """Bytes alive while the optimizer updates one tensor, or one block of them (dry runs, torch 2.13)."""
-    if config.training_method != "FINE_TUNE":
+    if not config.trains_dit:
         return 0
     name, rounding = config.optimizer.name, config.optimizer.rounding
     sizes = [shape.numel() for shape in (*weights.trained_per_block, *weights.trained_outside)]
@@ -315,7 +315,7 @@ def with_setting(config: Config, key: str, value: Any) -> Config:
 
 def changes(config: Config) -> list[tuple[str, Any]]:
     """Settings that save memory, the cheapest for speed and quality first."""
-    fine_tune = config.training_method == "FINE_TUNE"
+    fine_tune = config.trains_dit
     stored = config.transformer.weight_dtype
     smaller = {"FLOAT_32": "BFLOAT_16", "BFLOAT_16": "FLOAT_8", "FLOAT_16": "FLOAT_8", "FLOAT_8": "NFLOAT_4",
                "INT_8": "NFLOAT_4"}.get(stored)  # fmt: skip

@@ -22,10 +22,11 @@ def make_trained(model: Model, run: Run, seed: int, reader: StoreReader, texts: 
     if config.training_method == "EMBEDDING":
         return with_concept(model, run, texts)
     if config.training_method == "FINE_TUNE":
-        model.transformer.requires_grad_(True)
+        model.transformer.requires_grad_(config.transformer.train)
         encoder = load_encoder(run.spec, config, model.device) if needs_encoder(config) else None
-        weights = {} if encoder is None else encoder.parameters()
-        return TextBank(model, reader, encoder, trained=True), dict(model.transformer.named_parameters()) | weights
+        weights = dict(model.transformer.named_parameters()) if config.transformer.train else {}
+        weights |= {} if encoder is None else encoder.parameters()
+        return TextBank(model, reader, encoder, config.transformer.train), weights
     trained = add_adapter(model.transformer, config, seed)
     model.transformer.train(config.lora_dropout > 0)
     return TextBank(model, reader), trained

@@ -63,7 +63,7 @@ def pick_device() -> torch.device:
 def load_model(spec: ModelSpec, expert: str, config: Config, device: torch.device) -> Model:
     """Load an expert's frozen weights in their storage dtype, ready for an adapter; FINE_TUNE gets plain ones."""
     placement = plan_for_device(config, spec, device).placement  # while the memory is still free
-    if config.training_method == "FINE_TUNE":
+    if config.trains_dit:
         return load_trainable(spec, expert, config, device, placement)
     merged = base_adapters(config, expert)
     transformer = load_quantized(spec, expert, config.transformer.weight_dtype, config.train_dtype, merged)
@@ -74,7 +74,7 @@ def load_model(spec: ModelSpec, expert: str, config: Config, device: torch.devic
 def placed(transformer: Any, config: Config, device: torch.device, placement: Placement) -> LeanOptions:
     """Move a loaded expert to the device as the memory plan says; how to run it from there."""
     parked = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
-    tuned = config.training_method == "FINE_TUNE"
+    tuned = config.trains_dit
     runner = place(transformer, placement, parked, device, trained=tuned)
     # an update that has begun inside the backward cannot be made again
     may = is_blockwise(config) and not is_fused(config) if tuned else True

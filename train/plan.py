@@ -72,7 +72,7 @@ def table() -> list[str]:
     """The README's table: every preset of the full-size models, on the card it is for."""
     lines = TABLE_HEAD.splitlines()
     for preset in FULL_SIZE:
-        tuned = resolve(Choice(preset)).config.training_method == "FINE_TUNE"
+        tuned = resolve(Choice(preset)).config.trains_dit
         for model in ("ti2v-5b",) if tuned or preset == "cpu" else ("ti2v-5b", "t2v-a14b", "i2v-a14b"):
             resolved = resolve(Choice(preset, None, model))
             config, spec = resolved.config, resolved.spec
@@ -158,7 +158,7 @@ def choice_lines(plan: MemoryPlan, config: Config, spec: ModelSpec) -> list[str]
              f"{placed.streamed / blocks:.2f}), {placed.recomputed} computed again in the backward"]  # fmt: skip
     if placed != fast:
         lines.append(f"  faster: all blocks kept, none computed again, needs {need(fast)}")
-    if placed != small and (config.training_method != "FINE_TUNE" or is_blockwise(config)):
+    if placed != small and (not config.trains_dit or is_blockwise(config)):
         lines.append(f"  smaller: all blocks streamed and computed again needs {need(small)}")
     return lines + update_lines(plan, config, spec)
 
