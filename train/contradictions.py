@@ -8,6 +8,8 @@ from train.updates import SEPARABLE, is_blockwise
 
 def refuse_contradictions(config: Config, spec: ModelSpec) -> None:
     """Settings that contradict the model."""
+    if config.model_type == "WAN_2_1" and (spec.boundary is not None or spec.image_condition == "first_frame"):
+        raise ConfigError(f"model_type=WAN_2_1: {spec.name} is a model of Wan 2.2; use WAN_2_2")
     if config.expert != "both" and spec.boundary is None:
         raise ConfigError(f"expert={config.expert}: {spec.name} has one expert; leave expert at both")
     if config.expert_share is not None and (spec.boundary is None or config.expert != "both"):

@@ -165,6 +165,14 @@ def test_contradictions_are_refused(single: Made, changes: dict[str, Any], messa
         refuse_mismatch(config(single[0], **changes), single[1])
 
 
+def test_a_model_of_another_family_is_refused(single: Made, pair: Made) -> None:
+    refuse_mismatch(config(single[0], model_type="WAN_2_1"), single[1])  # one expert: both families have such
+    for settings, spec in ((config(pair[0], model_type="WAN_2_1"), pair[1]),
+                           (Config(model_type="WAN_2_1"), SPECS["ti2v-5b"])):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"model_type=WAN_2_1.*Wan 2.2"):
+            refuse_mismatch(settings, spec)
+
+
 def test_experts_share_the_steps_by_probability_or_as_told(pair: Made) -> None:
     def spans(**changes: Any) -> list[tuple[str, int, int]]:
         settings = config(pair[0], timestep_distribution="UNIFORM", **changes)

@@ -97,8 +97,10 @@ def test_a_run_samples_before_and_after_and_outlives_its_decoders(mixed: Made, t
 
 
 def test_scenes_follow_the_config_and_sizes_the_grid(single: Made) -> None:
-    scene = scene_of(config(single[0], sample_guidance_scale=4.5, sample_steps=7, sample_seed=9), single[1])
+    wish = {"sample_guidance_scale": 4.5, "sample_steps": 7, "sample_seed": 9, "sample_negative_prompt": "blurred"}
+    scene = scene_of(config(single[0], **wish), single[1])
     assert (scene.guidance, scene.steps, scene.seed, scene.bucket) == ((4.5, 4.5), 7, 9, Bucket(9, 32, 32))
+    assert scene.negative == "blurred"
     assert parse_bucket("100x50x8", 16) == Bucket(9, 48, 96)
     with pytest.raises(Exception, match="832x480x81"):
         parse_bucket("100x50", 16)

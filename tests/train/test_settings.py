@@ -13,9 +13,16 @@ from shared.keys import caption_key
 from shared.models import ModelSpec
 from shared.resolve import PRESETS, preset_names, read_layer
 from tests.train.make import config, events, listed, make_model, make_run, make_store, trained
+from train import checkpoint
+from train.compiled import CompiledBlock
 from train.data import Plan
+from train.log import NoLog
+from train.model import load_model
+from train.offload import BlockRunner
+from train.optim import make_optimizer
 from train.phases import Due, make_phases
-from train.session import start
+from train.session import open_data, start
+from train.task import Task
 
 Made = tuple[Path, ModelSpec, Path]
 SMALL = {"resolution": "32x32", "frames": 9, "max_steps": 2, "lora_rank": 4, "sample_prompts": [], "prior": {}}
@@ -48,6 +55,27 @@ def test_things_recur_by_steps_epochs_and_minutes(single: Made, monkeypatch: pyt
     due.last -= 61
     assert due.after(2) and not due.after(3)
     assert time.monotonic() - due.last < 5
+
+
+def test_backups_results_and_previews_count_in_their_own_units(single: Made, tmp_path: Path) -> None:
+    """10 samples in batches of 4: an epoch ends after steps 3 and 6."""
+    units = {"backup_after_unit": "EPOCH", "save_after_unit": "EPOCH", "sample_after_unit": "MINUTE"}
+    settings = config(single[0], max_steps=7, backup_after=1, backup_keep=9, save_after=2, sample_after=60, **units)
+    run = make_run(tmp_path / "run", settings, single[2])
+    start(run, finished=False)
+    assert checkpoint.steps_saved(run.folder) == [3, 6, 7]
+    assert [path.name for path in run.folder.glob("*-step*")] == ["run-step000006.safetensors"]
+    task = Task(run, *open_data(run.resolved, run.stores, run.work), NoLog())
+    assert (task.sample.every, task.sample.unit) == (60, "MINUTE")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_runs_use_deterministic_kernels(single: Made, tmp_path: Path, wanted: bool) -> None:
+    try:
+        start(make_run(tmp_path / "run", config(single[0], max_steps=1, deterministic=wanted), single[2]), False)
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_results_on_the_way_and_where_they_are_wanted(single: Made, tmp_path: Path) -> None:
@@ -97,6 +125,30 @@ def test_gradients_are_clipped_and_rates_are_the_parts_own(single: Made, tmp_pat
     name = next(name for name in free if "lora_B" in name)
     assert free[name].abs().sum() > 10 * clipped[name].abs().sum() > 0
     assert free[name].abs().sum() > 10 * own[name].abs().sum() > 0
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_blocks_are_compiled_when_asked_for(single: Made, wanted: bool) -> None:
+    """That this changes no number is in test_compiled.py."""
+    runner = load_model(single[1], "single", config(single[0], compile=wanted), torch.device("cpu")).options.run_block
+    assert isinstance(runner, BlockRunner) and isinstance(runner.forward, CompiledBlock) is wanted
+
+
+@pytest.mark.parametrize("change", [{"beta1": 0.5}, {"beta2": 0.5}, {"weight_decay": 0.5}])
+def test_an_optimizers_numbers_change_its_update(change: dict[str, float]) -> None:
+    """Against AdamW written out (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+    settings = Config(learning_rate=0.1, optimizer={"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0} | change)  # type: ignore[arg-type]
+    part = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer, ours = make_optimizer(settings, {"part": part}), settings.optimizer
+    weight, first, second = 1.0, 0.0, 0.0
+    for step, gradient in enumerate((1.0, -0.3, 0.7), 1):
+        part.grad = torch.full_like(part, gradient)
+        optimizer.step()
+        first = ours.beta1 * first + (1 - ours.beta1) * gradient
+        second = ours.beta2 * second + (1 - ours.beta2) * gradient**2
+        update = first / (1 - ours.beta1**step) / ((second / (1 - ours.beta2**step)) ** 0.5 + ours.eps)
+        weight -= 0.1 * (update + ours.weight_decay * weight)
+        assert float(part.detach()) == pytest.approx(weight, rel=1e-9)
 
 
 def test_the_training_shift_is_the_models_unless_set(single: Made) -> None:
