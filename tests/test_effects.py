@@ -86,11 +86,10 @@ ingest/test_gates :: bars_are_cut_away_before_bucketing : gates.letterbox
 ingest/test_captioner :: what_is_missing_is_written_once_and_edits_are_obeyed : caption.model caption.prompt \
 caption.frames caption.batch_size
 ingest/test_bad_input :: flipped_bytes_never_stop_ingest : caption.from_file_names
+train/test_attention :: the_choice_follows_what_is_asked_and_installed : attention
 train/test_blockwise :: fused_equals_a_bare_loop_that_clips_each_block : clip
 train/test_settings :: blocks_are_compiled_when_asked_for : compile
 """
-# refused for all but its default, with the reason
-REFUSED = {"attention"}
 
 
 def entries() -> list[tuple[str, str, list[str]]]:
@@ -100,7 +99,7 @@ def entries() -> list[tuple[str, str, list[str]]]:
 
 def test_every_setting_has_a_test_of_its_effect() -> None:
     tested = [key for _, _, keys in entries() for key in keys]
-    assert sorted([*tested, *REFUSED]) == sorted(leaf_keys())
+    assert sorted(tested) == sorted(leaf_keys())
 
 
 @pytest.mark.parametrize(("file", "name", "keys"), entries())
