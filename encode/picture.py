@@ -52,5 +52,5 @@ def encode_pictures(vae: Any, spec: ModelSpec, pictures: Sequence[Image.Image], 
             grey = video_BCTHW.new_zeros(1, 3, bucket.num_frames - 1, bucket.height, bucket.width)
             video_BCTHW = torch.cat([video_BCTHW, grey], 2)
         latent_BCthw, _ = encode_within_memory(vae, video_BCTHW, choose_effort(vae, bucket, vae.device))
-        latents.append(latent_BCthw[0].float().cpu())
+        latents.append(latent_BCthw[0].float().cpu().contiguous())
     return latents
