@@ -78,7 +78,11 @@ def peer(name: str, folder: Path) -> Iterator[Peer]:
 
 
 def step_pairs() -> Iterator[Pair]:
-    """step-peer: the model of `step` with heads of 128 (DiffSynth's RoPE asks for that), same weights, noise, text."""
+    """step-peer: the model of `step` with heads of 128 (DiffSynth's RoPE asks for that), same weights, noise, text.
+
+    One thread on both sides.
+    """
+    torch.set_num_threads(1)  # threads that wait for each other on a busy machine burn processor time
     folder = Path(tempfile.mkdtemp())
     heads = {"num_attention_heads": 4, "attention_head_dim": 128, "freq_dim": 256}
     run, spec, reader = made(folder, **heads)
@@ -135,7 +139,7 @@ def read_pairs() -> Iterator[Pair]:
     store = create_store(folder / "latents.zarr")
     write_latents(UnitDraft(store, "latents", {}, {}), keys, values, "kind")
     np.save(folder / "latents.npy", values)
-    order = np.random.default_rng(1).permutation(COUNT).tolist() * 4
+    order = np.random.default_rng(1).permutation(COUNT).tolist() * 10  # so that a call is long against the clock
     reader = StoreReader([store])
 
     def ours(size: int) -> list[float]:

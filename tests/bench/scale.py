@@ -21,6 +21,7 @@ from encode.worker import encode_batch
 from shared.bucket import Bucket
 from shared.keys import caption_key
 from shared.models import SPECS
+from shared.resolve import Choice, resolve
 from shared.shards import SampleRecord
 from shared.store import DatasetList, create_store, read_datasets, write_dataset
 from shared.store_read import StoreReader
@@ -102,7 +103,7 @@ def opened(store: Path) -> None:
 
 def vae_points() -> Iterator[Point]:
     """The tiny VAE's encode at 64x64, against frames and against clips at once."""
-    vae = load_vae(SPECS["tiny"], torch.float32)
+    vae = load_vae(resolve(Choice(preset="demo")).spec, torch.float32)
     clips = [(stage, frames, 1) for stage, frames in (("encode a clip", frames) for frames in FRAMES)]
     clips += [("encode a batch of 17 frames", 17, batch) for batch in BATCHES]
     for stage, frames, batch in clips:
