@@ -145,7 +145,7 @@ def clip_points(counts: tuple[int, ...]) -> Iterator[Point]:
 
 def fit(points: list[Point]) -> tuple[float, float]:
     """(fixed, per unit) by least squares of relative errors; below the clock's 10 ms nothing is known."""
-    work, X
+    work, value = np.array([p.work for p in points], float), np.array([max(p.value, 0.01) for p in points])
     matrix = np.stack([np.ones_like(work), work], 1) / value[:, None]
     fixed, slope = np.linalg.lstsq(matrix, np.ones_like(value), rcond=None)[0]
     return float(fixed), float(slope)
