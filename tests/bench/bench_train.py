@@ -14,8 +14,8 @@ from peft import LoraConfig
 
 from shared.files import write_json
 from shared.keys import caption_key
-from shared.models import ModelSpec, spec_of_folder
-from shared.resolve import to_json
+from shared.models import ModelSpec, model_spec, spec_of_folder
+from shared.resolve import Choice, resolve, to_json
 from shared.store_read import StoreReader
 from tests.bench.harness import Pair
 from tests.train.make import config, listed, make_all, make_model, make_run, make_store
@@ -72,14 +72,19 @@ def our_step(run: Run, spec: ModelSpec, reader: StoreReader, slots: Slots) -> Ca
 def stock_step(run: Run, reader: StoreReader, slots: Slots, tensors: dict[str, torch.Tensor]) -> Callable[[], float]:
     """The same update with the stock forward, 512 text rows and peft's own layers."""
     settings = run.config
-    model = WanTransformer3DModel.from_pretrained(Path(settings.base_model_name) / "transformer").requires_grad_(False)
+    model = WanTransformer3DModel.from_pretrained(
+        Path(run.spec.repo) / "transformer", torch_dtype=torch.float32
+    ).requires_grad_(False)
     model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=settings.lora_targets))
     parts = {name.replace(".default", ""): part for name, part in model.named_parameters() if part.requires_grad}
     for name, part in parts.items():
         part.data = tensors[name].clone()
     optimizer = torch.optim.AdamW(parts.values(), lr=settings.learning_rate, fused=True)
-    rows = torch.from_numpy(reader.text(slots.captions[0]).embedding_Sd.copy()).float()
-    text = torch.cat([rows, rows.new_zeros(512 - len(rows), rows.shape[1])])[None]
+    if settings.gradient_checkpointing != "NONE":
+        model.enable_gradient_checkpointing()
+        model.train()  # stock checkpoints in training mode only; there is no dropout
+    rows = [torch.from_numpy(reader.text(caption).embedding_Sd.copy()).float() for caption in slots.captions]
+    text = torch.stack([torch.cat([row, row.new_zeros(512 - len(row), row.shape[1])]) for row in rows])
 
     def step() -> float:
         sigma = slots.sigma_B.view(-1, 1, 1, 1, 1)
@@ -109,6 +114,26 @@ def step() -> Iterator[Pair]:
         ours = our_step(run, spec, reader, slots)
         stock = stock_step(run, reader, slots, ours.tensors)  # type: ignore[attr-defined]
         yield Pair("step", ours, stock, "stock diffusers + peft + AdamW", near, clock="cpu", rounds=7, unit="step")
+
+
+def step_demo() -> Iterator[Pair]:
+    """The demo's update: tiny, 16 samples of 64x64x9, captions of ten words; and with every block checkpointed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, spec = Path(name), model_spec("tiny")
+        captions = [f"a zorb of kind {number} moving left on a gray background" for number in range(16)]
+        samples = [
+            listed(number, spec, (9, 64, 64), captions=(caption_key(text),)) for number, text in enumerate(captions)
+        ]
+        reader = StoreReader([make_store(folder / "s.zarr", spec, samples, tuple(captions))])
+        for item, checkpointing in (("step-demo", "NONE"), ("step-demo-checkpointed", "DEFAULT")):
+            changes = {"gradient_checkpointing": checkpointing, "caption_dropout_probability": 0.0}
+            settings = resolve(Choice("demo")).config.model_copy(update=changes)
+            run = make_run(folder / item, settings, folder / "s.zarr")
+            draws = [Draw(sample, sample.keys[0]) for sample in samples]
+            (slots,) = load_step(reader, settings, SigmaLaw("UNIFORM", 1.0), 0, draws)
+            ours = our_step(run, spec, reader, slots)
+            stock = stock_step(run, reader, slots, ours.tensors)  # type: ignore[attr-defined]
+            yield Pair(item, ours, stock, "stock diffusers + peft + AdamW", near, clock="cpu", rounds=7, unit="step")
 
 
 STOCK_START = """
@@ -163,4 +188,4 @@ def start() -> Iterator[Pair]:
         yield Pair("resume", resume, fresh, "a fresh start", both_end_well, clock="cpu", unit="resume")
 
 
-ITEMS = {"step": step, "start": start}
+ITEMS = {"step": step, "step-demo": step_demo, "start": start}

@@ -1,4 +1,4 @@
-"""Laws of attention backends: the dispatcher changes nothing; what is missing or has no gradients is refused by name."""
+"""Laws of attention backends: the dispatcher changes nothing; what is missing, or has no gradients, is refused."""
 
 from typing import Any
 
