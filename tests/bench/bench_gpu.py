@@ -25,13 +25,14 @@ from shared.models import SPECS, ModelSpec
 from shared.resolve import Choice, resolve
 from tests.bench.harness import FOLDER, Pair, commit
 from train.adapter import add_adapter
+from train.blockwise import Blockwise, make_updates
 from train.dryrun import TEXT_ROWS, empty_transformer
 from train.flow import TIMESTEPS
 from train.lean import LeanOptions, Text
 from train.memory import CONTEXT, GIB, MemoryPlan, largest_bucket, plan_memory
 from train.model import Model, predict
 from train.offload import place
-from train.optim import clip, make_optimizer
+from train.optim import clip
 from train.plan import matmul_rate
 from train.quantize import TORCH_DTYPES, QuantizedLinear
 
@@ -46,6 +47,7 @@ CASES = {
     "24gb": ("24gb", 24, "", LORA),
     "embedding": ("embedding", 16, "", LORA),
     "24gb-finetune": ("24gb-finetune", 24, "", TUNED),
+    "16gb-finetune": ("24gb-finetune", 16, "batch_size=1 optimizer.name=ADAMW_8BIT", TUNED),
     "48gb": ("48gb", 48, "", TUNED),
     "24gb-81-frames": ("16gb", 24, LONG, ("t2v-a14b",)),
     "16gb-81-frames": ("16gb", 16, LONG, ("t2v-a14b",)),
@@ -107,7 +109,7 @@ def train_steps(spec: ModelSpec, config: Config, plan: MemoryPlan, device: torch
     """Take steps as the trainer does; seconds of each, and bytes copied by streaming in all."""
     transformer = random_transformer(spec, config)
     parked = config.gradient_checkpointing == "CPU_OFFLOADED"
-    runner = place(transformer, plan.placement, parked, device)
+    runner = place(transformer, plan.placement, parked, device, trained=config.training_method == "FINE_TUNE")
     dtype = TORCH_DTYPES[config.train_dtype]
     model = Model(transformer, device, dtype, LeanOptions(run_block=runner))
     rows = torch.randn(plan.micro_batch, TEXT_ROWS, spec.dim, device=device).to(dtype)
@@ -118,7 +120,8 @@ def train_steps(spec: ModelSpec, config: Config, plan: MemoryPlan, device: torch
         trained = dict(transformer.named_parameters())
     else:
         trained = add_adapter(transformer, config, 0)
-    optimizer = make_optimizer(config, trained)
+    optimizer = make_updates(config, trained, runner)
+    blockwise = isinstance(optimizer, Blockwise)
     bucket = largest_bucket(config, spec)
     shape = spec.latent_shape(bucket.num_frames, bucket.height, bucket.width)
     shape = (spec.in_channels, *shape[1:])
@@ -129,8 +132,9 @@ def train_steps(spec: ModelSpec, config: Config, plan: MemoryPlan, device: torch
             latent = torch.randn(plan.micro_batch, *shape, device=device)
             text = Text(trained["embedding"].to(dtype) if "embedding" in trained else rows, bias)
             sigma = torch.rand(plan.micro_batch, 1, device=device)
-            predict(model, latent, sigma * TIMESTEPS, text).square().mean().backward()
-        norm = clip(trained.values(), config.max_grad_norm)
+            loss = predict(model, latent, sigma * TIMESTEPS, text).square().mean()
+            (optimizer.backward if blockwise else torch.autograd.backward)(loss)
+        norm = optimizer.clip() if blockwise else clip(trained.values(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if not torch.isfinite(norm):  # reading it waits for the device

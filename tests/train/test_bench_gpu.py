@@ -17,7 +17,13 @@ SMALL = ModelSpec("small", "small", WAN21_VAE, fps=16, heads=4, head_dim=32, ffn
 
 @pytest.mark.parametrize(
     ("method", "dtype", "streamed"),
-    [("LORA", "NFLOAT_4", 3), ("LORA", "FLOAT_8", 0), ("EMBEDDING", "INT_8", 2), ("FINE_TUNE", "BFLOAT_16", 0)],
+    [
+        ("LORA", "NFLOAT_4", 3),
+        ("LORA", "FLOAT_8", 0),
+        ("EMBEDDING", "INT_8", 2),
+        ("FINE_TUNE", "BFLOAT_16", 0),
+        ("FINE_TUNE", "BFLOAT_16", 3),
+    ],
 )
 def test_random_models_of_each_method_take_finite_steps(method: str, dtype: str, streamed: int) -> None:
     config = Config(training_method=method, transformer={"weight_dtype": dtype}, resolution="96x96", frames=5,
