@@ -6,9 +6,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from torch import Tensor
 
+from shared.config import Config
+from train.adapter import peft_settings
 from train.lean import LeanOptions, Text, lean_forward
 from train.memory import Placement
 from train.offload import BlockRunner, Parking, place, spread, with_room
@@ -17,7 +19,6 @@ from train.quantize import QuantizedLinear, quantize_blocks
 BLOCKS = 5
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16, "text_dim": 32,
          "freq_dim": 32, "ffn_dim": 160, "num_layers": BLOCKS}  # fmt: skip
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 CPU = torch.device("cpu")
 PLACEMENTS = [Placement(1, 1), Placement(2, 2), Placement(2, 4), Placement(3, 5), Placement(5, 5)]
 
@@ -29,7 +30,7 @@ class Result(NamedTuple):
 
 
 def trained(
-    dtype: str, placement: Placement, parked: bool = False, text: bool = False, more: bool = False, dora: bool = False
+    dtype: str, placement: Placement, parked: bool = False, text: bool = False, more: bool = False, kind: str = "LORA"
 ) -> tuple[Result, BlockRunner]:
     """Two AdamW steps of two micro-batches each, LoRA or text rows trained, and a validation in between."""
     torch.manual_seed(0)
@@ -40,7 +41,9 @@ def trained(
         assert runner.parking is not None
         runner.parking.least = 0
     if not text:
-        settings = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, use_dora=dora)
+        asked = Config(peft_type=kind, lora_rank=4, lora_alpha=4.0)  # of the default targets, all ten linears
+        settings = peft_settings(asked)
+        settings.init_weights = settings.init_lora_weights = False  # type: ignore[attr-defined]
         inject_adapter_in_model(settings, model)
     options = LeanOptions(run_block=runner)
     generator = torch.Generator().manual_seed(1)
@@ -84,10 +87,15 @@ def test_training_is_bit_equal_to_fraction_zero(dtype: str, placement: Placement
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(streamed.weights, reference.weights, strict=True))
 
 
-@pytest.mark.parametrize("placement", [Placement(3, 5), Placement(5, 5)], ids=str)
-def test_dora_reads_streamed_weights_for_its_norms(placement: Placement) -> None:
-    reference, _ = trained("FLOAT_8", Placement(0, 0), dora=True)
-    streamed, _ = trained("FLOAT_8", placement, dora=True)
+@pytest.mark.parametrize(
+    ("kind", "placement"),
+    [("DORA", Placement(3, 5)), ("DORA", Placement(5, 5)), ("LOHA", Placement(3, 5)), ("LOKR", Placement(3, 5))],
+    ids=str,
+)
+def test_other_kinds_of_adapter_train_on_streamed_weights(kind: str, placement: Placement) -> None:
+    """DoRA reads the streamed weights themselves, for its norms."""
+    reference, _ = trained("FLOAT_8", Placement(0, 0), kind=kind)
+    streamed, _ = trained("FLOAT_8", placement, kind=kind)
     assert streamed.losses == reference.losses
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(streamed.weights, reference.weights, strict=True))
 
