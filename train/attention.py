@@ -51,9 +51,7 @@ def refuse_unfit(config: Config, device: torch.device) -> None:
     if asked in ("AUTO", "SDPA"):
         return
     if asked == "SAGE":
-        raise ConfigError(
-            "attention=SAGE: SageAttention has no gradients; use AUTO, SDPA or FLASH"
-        )
+        raise ConfigError("attention=SAGE: SageAttention has no gradients; use AUTO, SDPA or FLASH")
     if asked == "FLEX" and not config.compile:
         raise ConfigError("attention=FLEX: uncompiled it writes out all scores; give compile=true too, or use SDPA")
     if device.type != "cuda":
