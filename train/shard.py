@@ -42,6 +42,7 @@ def hook(module: Any, method: str) -> None:
     """Gather a module's weights around a method; its gradients are summed over the processes, not averaged."""
     register_fsdp_forward_method(module, method)
     module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # else float32 is summed by an operation that gloo has not
 
 
 def run_hooked(block: Any, *arguments: Any) -> Tensor:

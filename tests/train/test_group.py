@@ -105,7 +105,7 @@ def test_divided_weights_resume_bit_equal(both: Pairs) -> None:
                    for number, part in states[0].items() for name in part)  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("fine-tune", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("method", ["fine-tune", pytest.param("lora", marks=pytest.mark.soak)])
 def test_two_processes_survive_a_kill(single: Made, tmp_path: Path, method: str) -> None:
     model, _, store = single
     shared = METHODS[method] | {"max_steps": 30, "ema": 0.9, "backup_after": 3, "optimizer": {"eps": 1e-3}}
@@ -119,6 +119,7 @@ def test_two_processes_survive_a_kill(single: Made, tmp_path: Path, method: str)
         launcher = psutil.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=log, stderr=log)
         while launcher.poll() is None and checkpoint.latest(two.folder) is None:
             time.sleep(0.01)
+        assert launcher.poll() is None, (tmp_path / "log").read_text()[-3000:]
         for process in [*launcher.children(recursive=True), launcher]:
             with suppress(psutil.NoSuchProcess):  # the launcher ends the others when it sees one die
                 process.kill()
