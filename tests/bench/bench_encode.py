@@ -5,6 +5,8 @@ Random weights of the full-size encoders: speed and equality do not depend on wh
 
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +37,8 @@ from shared.store_write import UnitDraft, write_latents
 from shared.tiny_variants import VAE_22
 from shared.weights import load_vae, torch_dtype
 from tests.bench.harness import Pair
+from tests.e2e.commands import ROOT
+from tests.encode.test_status import large_store
 
 FULL_21: dict[str, Any] = {}  # the defaults of diffusers are Wan 2.1's
 FULL_22 = VAE_22 | {"base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
@@ -237,6 +241,23 @@ def read_pairs() -> Iterator[Pair]:
     shutil.rmtree(folder)
 
 
+def status_pairs() -> Iterator[Pair]:
+    """status: `encode status` on a store of 10,000 samples, processor seconds with its start (goal: under 1 s)."""
+    folder = Path(tempfile.mkdtemp())
+    large_store(folder)
+
+    def run(*words: str) -> Callable[[], str]:
+        python = (sys.executable, "-m", "encode", *words)
+        return lambda: subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    def counted(ours: str, helped: str) -> None:
+        assert "10000 rows in 100 units" in ours and helped
+
+    ours = run("status", "--work", str(folder), "--model", "tiny", "--preset", "demo")
+    yield Pair("status", ours, run("--help"), "encode --help", counted, clock="cpu", work=10_000, unit="sample")
+    shutil.rmtree(folder)
+
+
 def each(order: list[int], read: Callable[[int], NDArray[np.float16]]) -> Callable[[], list[float]]:
     """Read every sample, keep one value of each: memory is reused as in training."""
     return lambda: [float(read(number)[0, 0, 0, 0]) for number in order]
@@ -269,4 +290,5 @@ ITEMS = {
     "encode-text": text_pairs,
     "encode-stage": stage_pairs,
     "read": read_pairs,
+    "status": status_pairs,
 }
