@@ -113,7 +113,7 @@ class Freshness:
     def __init__(self, kind: Kind, recipe: Recipe) -> None:
         self.kind, self.recipe = kind, recipe
         self.fresh: set[str] = set()
-        self.stale: dict[str, Recipe] = {}
+        self.stale: dict[str, str] = {}  # and why
 
     def add(self, marker: Marker) -> None:
         """Take a unit into account."""
@@ -121,13 +121,11 @@ class Freshness:
         if marker.recipe == self.recipe:
             self.fresh.update(rows)
         else:
-            self.stale.update(dict.fromkeys(rows, marker.recipe))
+            self.stale.update(dict.fromkeys(rows, f"stale ({difference(marker.recipe, self.recipe)})"))
 
     def reason(self, key: str) -> str:
         """Why a row has to be made; empty when it is fresh."""
-        if key in self.fresh:
-            return ""
-        return f"stale ({difference(self.stale[key], self.recipe)})" if key in self.stale else "missing"
+        return "" if key in self.fresh else self.stale.get(key, "missing")
 
 
 def difference(old: Recipe, new: Recipe) -> str:
