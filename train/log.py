@@ -8,7 +8,6 @@ import os
 import resource
 import struct
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -117,7 +116,8 @@ class RunLog:
     def show(self, row: dict[str, Any], samples: int, now: float) -> None:
         """Refresh the live line, or print a plain one now and then."""
         rate = (row["step"] - self.first) / (now - self.started)
-        eta = timedelta(seconds=round((self.total - row["step"]) / rate))
+        minutes, seconds = divmod(round((self.total - row["step"]) / rate), 60)
+        eta = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         line = (
             f"{row['step']}/{self.total} ETA {eta} loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.3g} step/s "
             f"{rate * samples:.3g} samples/s wait {self.waited / (now - self.started):.0%} {peak_memory():.1f} GiB"
