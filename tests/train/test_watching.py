@@ -135,7 +135,7 @@ def test_ctrl_c_on_a_terminal_says_what_is_saved_and_how_to_go_on(single: Made, 
     )
     saved = latest(folder)
     assert code == 130 and saved is not None
-    assert re.search(rf"{saved.name}/100000 ETA \d+:\d\d:\d\d loss \d\.\d{{4}} lr .* wait \d+% \d\.\d GiB", said)
+    assert re.search(r"\d/100000 ETA \d+:\d\d:\d\d loss \S+ lr .* samples/s", said), said
     assert (
         said.splitlines()[-1]
         == f"stopped after step {saved.name}; saved in {saved}; go on with: make train RUN={folder}"
