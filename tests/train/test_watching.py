@@ -135,7 +135,7 @@ def test_ctrl_c_on_a_terminal_says_what_is_saved_and_how_to_go_on(single: Made, 
     )
     saved = latest(folder)
     assert code == 130 and saved is not None
-    assert re.search(r"\d/100000 ETA \d+:\d\d:\d\d loss \S+ lr .* samples/s", said), said
+    assert re.search(rf"{saved.name}/100000 ETA \d+:\d\d:\d\d loss \d+\.\d{{4}} lr .* wait \d+% \d\.\d GiB", said), said
     assert (
         said.splitlines()[-1]
         == f"stopped after step {saved.name}; saved in {saved}; go on with: make train RUN={folder}"
@@ -148,8 +148,9 @@ def on_a_terminal(arguments: list[Any], until: bytes) -> tuple[str, int]:
     """`python -m ...` on a terminal of 100 columns, interrupted once it has said `until`: its output and exit code."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    own_size = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # xdist sets them
     process = subprocess.Popen([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdin=theirs, stdout=theirs,
-                               stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "xterm"})  # fmt: skip
+                               stderr=theirs, start_new_session=True, env=own_size | {"TERM": "xterm"})  # fmt: skip
     os.close(theirs)
     said = b""
     while until not in said:
