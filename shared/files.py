@@ -6,8 +6,9 @@ A leftover of a crash is named `*.part`; `sweep_partials` removes it.
 import hashlib
 import json
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -56,6 +57,27 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes (about 1 GB/s on one core)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept_folder() -> Path:
+    """Where what can be made again is kept for all projects of a user: prewan/ in $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan"
+
+
+def built_once(name: str, build: Callable[[Path], None]) -> Path:
+    """A folder of `kept_folder`; one that is not there is built beside its place and renamed."""
+    folder = kept_folder() / name
+    if not folder.is_dir():
+        building = folder.with_name(f"{name}-{os.getpid()}{PART}")
+        shutil.rmtree(building, ignore_errors=True)
+        build(building)
+        try:
+            building.rename(folder)
+        except OSError:
+            shutil.rmtree(building)
+            if not folder.is_dir():  # else another process was first
+                raise
+    return folder
 
 
 def sweep_partials(folder: Path) -> list[Path]:

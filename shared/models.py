@@ -60,6 +60,7 @@ def _numbers(values: str | Iterable[float]) -> tuple[float, ...]:
 
 WAN21_VAE = VaeKind(16, (4, 8, 8), _numbers(MEAN_21), _numbers(STD_21))
 WAN22_VAE = VaeKind(48, (4, 16, 16), _numbers(MEAN_22), _numbers(STD_22))
+VAE_KINDS = {kind.channels: kind for kind in (WAN21_VAE, WAN22_VAE)}
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,7 @@ def spec_of_folder(folder: Path, name: str | None = None) -> ModelSpec:
     """
     dit, index = (_read(folder / part) for part in ("transformer/config.json", "model_index.json"))
     refuse_unsupported(dit, str(folder))
-    alone = {kind.channels: kind for kind in (WAN21_VAE, WAN22_VAE)}.get(dit["out_channels"])
-    has_vae = (folder / "vae").is_dir() or alone is None
+    known_vae = None if (folder / "vae").is_dir() else VAE_KINDS.get(dit["out_channels"])
     pair = (folder / "transformer_2").is_dir()
     heads, in_channels = dit["num_attention_heads"], dit["in_channels"]
     row = next(
@@ -250,7 +250,7 @@ def spec_of_folder(folder: Path, name: str | None = None) -> ModelSpec:
     return ModelSpec(
         name=name or (row.name if row else folder.name),
         repo=str(folder),
-        vae=vae_kind(_read(folder / "vae/config.json")) if has_vae or alone is None else alone,
+        vae=known_vae or vae_kind(_read(folder / "vae/config.json")),
         fps=row.fps if row else 16,
         heads=heads,
         head_dim=dit["attention_head_dim"],

@@ -6,7 +6,7 @@ Written from the module structure of Wan-Video/Wan2.2 (`wan/modules/model.py`, `
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole checkpoints, in ComfyUI's files
 Rename = Callable[[str], str]
@@ -30,8 +30,12 @@ DIT_NAMES = (
     ("norm2", "norm3"),  # the one with weights
     ("scale_shift_table", "modulation"),
 )
-# original -> diffusers, inside a residual block of the VAE
-VAE_RESIDUAL = (
+HEAD_TABLE = ("scale_shift_table", "head.modulation")  # the one table outside the blocks
+# original -> diffusers, in the middle and inside residual blocks of the VAE
+VAE_INNER = (
+    ("middle.0", "mid_block.resnets.0"),
+    ("middle.1", "mid_block.attentions.0"),
+    ("middle.2", "mid_block.resnets.1"),
     ("residual.0", "norm1"),
     ("residual.2", "conv1"),
     ("residual.3", "norm2"),
@@ -71,9 +75,11 @@ def text_name(name: str) -> str:
     return TEXT_ENDS.get(name, name)
 
 
-def replace_part(name: str, old: str, new: str) -> str:
-    """Replace a dotted part wherever it stands between dots or at an end."""
-    return f".{name}.".replace(f".{old}.", f".{new}.").strip(".")
+def replace_parts(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Replace dotted parts, one pair after the other, wherever they stand between dots or at an end."""
+    for old, new in pairs:
+        name = f".{name}.".replace(f".{old}.", f".{new}.").strip(".")
+    return name
 
 
 def without_prefix(name: str) -> str:
@@ -83,20 +89,14 @@ def without_prefix(name: str) -> str:
 
 def original_name(name: str) -> str:
     """Name in Wan's own code of a module or tensor of the DiT, given its diffusers name."""
-    if name == "scale_shift_table":
-        return "head.modulation"
-    for ours, theirs in DIT_NAMES:
-        name = replace_part(name, ours, theirs)
-    return name
+    ours, theirs = HEAD_TABLE
+    return theirs if name == ours else replace_parts(name, DIT_NAMES)
 
 
 def diffusers_name(name: str) -> str:
     """Diffusers name of a module or tensor of the DiT, given its original one; a diffusers name stays as it is."""
-    if name == "head.modulation":
-        return "scale_shift_table"
-    for ours, theirs in DIT_NAMES:
-        name = replace_part(name, theirs, ours)
-    return name
+    ours, theirs = HEAD_TABLE
+    return ours if name == theirs else replace_parts(name, ((new, old) for old, new in DIT_NAMES))
 
 
 def vae_renamer(names: set[str]) -> Rename:
@@ -132,9 +132,4 @@ def _vae_part_name(name: str) -> str:
     for theirs, ours in VAE_PARTS:
         if name.startswith(f"{theirs}."):
             return ours + name.removeprefix(theirs)
-    name = replace_part(name, "middle.0", "mid_block.resnets.0")
-    name = replace_part(name, "middle.1", "mid_block.attentions.0")
-    name = replace_part(name, "middle.2", "mid_block.resnets.1")
-    for theirs, ours in VAE_RESIDUAL:
-        name = replace_part(name, theirs, ours)
-    return name
+    return replace_parts(name, VAE_INNER)

@@ -5,14 +5,12 @@ files; the weights are links, their configs are read off the shapes. No tensor i
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
-from shared.files import write_json
+from shared.files import built_once, write_json
 from shared.keys import fingerprint
 from shared.names import diffusers_name, text_name, vae_renamer, without_prefix
 from shared.tensors import Entry, Header, places_of, read_header
@@ -89,19 +87,9 @@ def dit_folder(files: tuple[Path, ...]) -> Path:
 
 
 def view(kind: str, files: Iterable[Path], build: Callable[[Path], None]) -> Path:
-    """The folder of these very files, built once, atomically."""
+    """The folder of these very files."""
     facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    store = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan"
-    folder = store / f"{kind}-{fingerprint(files=facts, version=VIEW_VERSION)}"
-    if not folder.is_dir():
-        building = store / f"{folder.name}-{os.getpid()}.part"
-        shutil.rmtree(building, ignore_errors=True)
-        build(building)
-        try:
-            building.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(building)
-    return folder
+    return built_once(f"{kind}-{fingerprint(files=facts, version=VIEW_VERSION)}", build)
 
 
 def shapes_of(header: Header) -> dict[str, tuple[int, ...]]:

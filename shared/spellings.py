@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.errors import ConfigError
 
-# dotted key -> ours
+# dotted key -> ours, which are no section's
 RENAMED = {
     "transformer.offload_fraction": "layer_offload_fraction",
     "learning_rate_warmup_steps": "warmup_steps",
@@ -80,12 +80,9 @@ def _take(layer: dict[str, Any], key: str) -> Any:
 
 
 def _put(layer: dict[str, Any], key: str, value: Any, origin: str) -> None:
-    """Set a dotted key that is not set otherwise."""
-    section, _, last = key.rpartition(".")
-    place = layer.setdefault(section, {}) if section else layer
-    if place.get(last, value) != value:
-        raise ConfigError(f"{origin} means {key}, which says {place[last]!r} there; keep one of them")
-    place[last] = value
+    """Set a key that is not set otherwise."""
+    if layer.setdefault(key, value) != value:
+        raise ConfigError(f"{origin} means {key}, which says {layer[key]!r} there; keep one of them")
 
 
 def _from_samples(samples: Any, origin: str) -> dict[str, Any]:

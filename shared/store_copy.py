@@ -5,7 +5,6 @@ resumed, verified, renamed into place, so a stop at any moment leaves whole file
 on with. Cost: one connection per thread; a file is fetched once, however many processes read the copy.
 """
 
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from shared.errors import StoreError
-from shared.files import read_json, write_json
+from shared.files import kept_folder, read_json, write_json
 from shared.keys import fingerprint
 from shared.store import FileRecord, create_store
 from shared.store_remote import Remote, is_url, open_remote
@@ -27,9 +26,8 @@ def local_store(text: str) -> Path:
     """The folder of a STORE: itself, or for a URL a local copy whose data is fetched, verified, when first read."""
     if not is_url(text):
         return Path(text)
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan" / "stores"
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", text.rstrip("/").partition("://")[2].removesuffix(".zarr")).strip("-")
-    store = root / f"{name[-40:]}-{fingerprint(url=text.rstrip('/'))[:8]}.zarr"
+    store = kept_folder() / "stores" / f"{name[-40:]}-{fingerprint(url=text.rstrip('/'))[:8]}.zarr"
     shared = look(text, known=store)
     refuse_links(store, shared.manifest)
     create_store(store)

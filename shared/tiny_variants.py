@@ -4,13 +4,14 @@
 random weights of the right structure, written on the spot (seeded, under a second) to the user's store of such files.
 """
 
-import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
+from shared.files import built_once
 from shared.models import TINY_FOLDER, ModelSpec, spec_of_folder
 
 VARIANTS_VERSION = 1
@@ -53,18 +54,8 @@ def tiny_spec(name: str) -> ModelSpec:
 
 
 def random_variant(name: str) -> Path:
-    """Folder of `tiny-i2v` (36 input channels) or `tiny-ti2v` (Wan 2.2 VAE kind), made once, atomically."""
-    store = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan"
-    folder = store / f"{name}-{VARIANTS_VERSION}"
-    if not folder.is_dir():
-        building = store / f"{name}-{os.getpid()}.part"
-        shutil.rmtree(building, ignore_errors=True)
-        _write_variant(name, building)
-        try:
-            building.rename(folder)
-        except OSError:  # another process was first: its folder holds the same bytes
-            shutil.rmtree(building)
-    return folder
+    """Folder of `tiny-i2v` (36 input channels) or `tiny-ti2v` (Wan 2.2 VAE kind)."""
+    return built_once(f"{name}-{VARIANTS_VERSION}", partial(_write_variant, name))
 
 
 def _write_variant(name: str, folder: Path) -> None:

@@ -4,7 +4,6 @@ Input: a ModelSpec. Output: modules in eval mode, frozen, on the CPU. Weights th
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,9 +12,9 @@ from typing import Any
 
 from shared.errors import ModelError
 from shared.fetch import HUB_ID, snapshot
-from shared.files import atomic_write, read_json, sha256_of
+from shared.files import atomic_write, kept_folder, read_json, sha256_of
 from shared.keys import fingerprint
-from shared.models import SPECS, WAN21_VAE, WAN22_VAE, ModelSpec, refuse_unsupported, vae_kind
+from shared.models import SPECS, VAE_KINDS, WAN21_VAE, WAN22_VAE, ModelSpec, refuse_unsupported, vae_kind
 from shared.names import diffusers_name, text_name
 from shared.single_file import (
     TEXT_FILE,
@@ -97,7 +96,7 @@ def file_beside(spec: ModelSpec, part: str) -> Path | None:
 
 def file_vae(path: Path) -> Path:
     """Model folder of a VAE file; its latent statistics are those of the published VAE with so many channels."""
-    kind = {kind.channels: kind for kind in (WAN21_VAE, WAN22_VAE)}.get(is_vae(read_header(path)) or 0)
+    kind = VAE_KINDS.get(is_vae(read_header(path)) or 0)
     statistics = {} if kind is None else {"latents_mean": list(kind.mean), "latents_std": list(kind.std)}
     return vae_folder(path, statistics)
 
@@ -226,7 +225,7 @@ def content_name(path: Path) -> str:
     if (facts := target.stat()).st_size < REMEMBERED_SIZE:
         return sha256_of(target)
     identity = fingerprint(path=str(target), size=facts.st_size, changed=facts.st_mtime_ns)
-    note = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan" / "sha256" / identity
+    note = kept_folder() / "sha256" / identity
     if not note.is_file():
         with atomic_write(note) as file:
             file.write(sha256_of(target).encode())

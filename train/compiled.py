@@ -7,13 +7,13 @@ run that goes on may take other kernels for its first steps, so resuming is bit-
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from shared.files import kept_folder
 from train.lean import block_forward
 
 VARIANTS = 64  # graphs of a block: kinds of inputs, with and without gradients
@@ -23,8 +23,8 @@ class CompiledBlock:
     """`block_forward`, compiled at its first use; where that fails it is said once, and blocks run as they are."""
 
     def __init__(self, backend: Any = "inductor") -> None:
-        kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prewan" / "compiled"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))  # torch's own place is cleared at each boot
+        # torch's own place is cleared at each boot
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept_folder() / "compiled"))
         torch._dynamo.config.recompile_limit = VARIANTS
         self.run: Any = torch.compile(block_forward, backend=backend)
 
