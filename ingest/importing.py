@@ -8,7 +8,7 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from ingest.discover import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ingest.foreign.ai_toolkit import toolkit
@@ -19,7 +19,7 @@ from ingest.foreign.reading import KINDS, Part, Reading, parsed
 from shared.config import Config
 from shared.errors import ConfigError, DatasetError
 from shared.files import PART, atomic_write, write_json
-from shared.resolve import merge, nest, preset_path, read_layer, validate
+from shared.resolve import DEFAULT_PRESET, merge, nest, preset_path, read_layer, validate
 from shared.words import counted
 
 READERS = (("datasets", musubi), ("directory", pipe_dataset), ("dataset", pipe_run), ("config", toolkit))
@@ -48,7 +48,7 @@ def import_foreign(path: Path, out: Path) -> list[str]:
     lines += [f"set {key}={json.dumps(value, ensure_ascii=False)}" for key, value in sorted(reading.settings.items())]
     several = [line for part in reading.parts if part.folder for line in several_lines(part.name, part.folder)]
     lines += [f"no equivalent: {line}" for line in (*reading.left, *refused, *several)]
-    lines.append(f"wrote {out / 'config.json'} and {out / 'data'} ({'unpacked' if path_is_tar(reading) else 'links'})")
+    lines.append(f"wrote {out / 'config.json'} and {out / 'data'} ({'unpacked' if unpacked(reading) else 'links'})")
     return [*lines, f"next: make ingest DATA={out / 'data'} CONFIG={out / 'config.json'}"]
 
 
@@ -85,7 +85,7 @@ def several_lines(name: str, folder: Path) -> list[str]:
     return [f"{name}: {counted(count, '.txt file')} of several lines; here each line is a caption"] if count else []
 
 
-def path_is_tar(reading: Reading) -> bool:
+def unpacked(reading: Reading) -> bool:
     """Whether files were copied out of tars."""
     return any(part.tar for part in reading.parts)
 
@@ -112,7 +112,7 @@ def settings_of(reading: Reading) -> tuple[dict[str, Any], list[str]]:
 
 def checked(layer: dict[str, Any]) -> Config:
     """Raises ConfigError when the schema refuses a layer over the default preset."""
-    values = read_layer(preset_path("16gb"))
+    values = read_layer(preset_path(DEFAULT_PRESET))
     merge(values, layer)
     return validate(values, {})
 
@@ -153,11 +153,20 @@ def unpack(tar: Path, folder: Path) -> None:
                 name = PurePosixPath(member.name).name
                 file = members.extractfile(member) if member.isfile() and name.lower().endswith(wanted) else None
                 if file is not None and not name.startswith("."):
-                    (folder / name).write_bytes(file.read())
+                    write_new(folder / name, file, tar)
     except tarfile.TarError as error:
         raise DatasetError(f"{tar}: not a whole tar ({str(error).splitlines()[0]}); fetch it again") from None
     for facts in folder.glob("*.json"):
         add_caption(facts)
+
+
+def write_new(path: Path, content: IO[bytes], tar: Path) -> None:
+    """Write a member of a tar; raises DatasetError when another one had its base name."""
+    try:
+        with path.open("xb") as file:
+            shutil.copyfileobj(content, file)
+    except FileExistsError:
+        raise DatasetError(f"{tar}: {path.name} is in two of its folders; unpack it and ingest that folder") from None
 
 
 def add_caption(facts: Path) -> None:

@@ -15,9 +15,9 @@ from shared.errors import ConfigError
 
 # time stamps stay those of the source, so that the grid of cut.py is the same wherever decoding begins
 GLOBAL = ("-v", "error", "-nostdin", "-xerror", "-copyts", "-start_at_zero", "-filter_complex_threads", "1")
-# ffmpeg's own decoders of these leave transparency out
 BASE_LIMIT = 120.0  # seconds a clip may always take
 PIXEL_RATE = 1.5e6  # pixels per second that the slowest machine is expected to work through
+# ffmpeg's own decoders of these leave transparency out
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 

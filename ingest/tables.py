@@ -1,13 +1,13 @@
 """Caption tables of a dataset folder: captions.txt, metadata.jsonl, metadata.csv, musubi's JSONL."""
 
 import csv
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ingest.texts import json_lines, text_of
 from shared.errors import DatasetError
 from shared.shards import Drop
 
@@ -66,17 +66,11 @@ def add_row(table: Table, known: set[str], text: str, number: int, row: dict[str
 
 def rows_of(root: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a JSONL or CSV file; absolute paths below `root` become relative."""
-    lines = decoded(root, text)
     if text.endswith(".csv"):
-        yield from ((number, dict(row)) for number, row in enumerate(csv.DictReader(lines.splitlines()), 2))
+        lines = text_of(root / text).splitlines()
+        yield from ((number, dict(row)) for number, row in enumerate(csv.DictReader(lines), 2))
         return
-    for number, line in enumerate(lines.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{root / text}, line {number}: not JSON ({error.msg}); mend the line") from None
+    for number, row in json_lines(root / text):
         if isinstance(row, dict):
             yield (
                 number,
@@ -93,7 +87,7 @@ def relative(value: Any, root: Path, text: str) -> Any:
 
 def read_lines(root: Path, text: str, media: list[str], table: Table) -> None:
     """captions.txt: `name<TAB>caption` in any order, or one line per file in natural order of names."""
-    lines = [line for line in decoded(root, text).splitlines() if line.strip()]
+    lines = [line for line in text_of(root / text).splitlines() if line.strip()]
     table.files.add(text)
     if lines and all("\t" in line for line in lines):
         add_named(text, [line.split("\t", 1) for line in lines], media, table)
@@ -122,13 +116,3 @@ def add_named(text: str, rows: list[list[str]], media: list[str], table: Table) 
             table.missing.append(
                 Drop(source=named, reason=f"named in {text}, line {number}, but there is no such file")
             )
-
-
-def decoded(root: Path, text: str) -> str:
-    """The text of a table; raises DatasetError when it is not UTF-8."""
-    try:
-        return (root / text).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{root / text} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None

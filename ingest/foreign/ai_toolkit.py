@@ -13,7 +13,9 @@ from ingest.foreign.reading import (
     areas,
     folder_part,
     found_folder,
+    inside,
     integer,
+    listing,
     model_of,
     named,
     number,
@@ -24,13 +26,13 @@ from ingest.foreign.reading import (
 from shared.errors import DatasetError
 
 SAME = {
-    **{
-        "type": "sd_trainer",
-        "train.train_unet": True,
-        "train.noise_scheduler": "flowmatch",
-        "sample.sampler": "flowmatch",
-    },
-    **{"save.save_format": "diffusers", "train.cache_text_embeddings": True, "train.unload_text_encoder": True},
+    "type": "sd_trainer",
+    "train.train_unet": True,
+    "train.noise_scheduler": "flowmatch",
+    "train.cache_text_embeddings": True,
+    "train.unload_text_encoder": True,
+    "sample.sampler": "flowmatch",
+    "save.save_format": "diffusers",
 }
 SHARED: tuple[Rule, ...] = (  # of a dataset; one value here for all of them
     ("resolution", "resolution", areas),
@@ -79,7 +81,7 @@ def toolkit(path: Path, value: Table) -> Reading:
         if reading.settings.get("frames") == 1:
             table.pop("shrink_video_to_frames", None)
         reading.leave(where.rstrip("."), table)
-    training(reading, job)
+    training(reading, path, job)
     reading.same(job, SAME)
     reading.take(job, RULES)
     for key in ("training_folder", "device"):  # the command line says where it runs
@@ -98,9 +100,9 @@ def part_of(path: Path, table: Table, where: str) -> Part:
     return folder_part(folder, extension, repeats, prior)
 
 
-def training(reading: Reading, job: Table) -> None:
+def training(reading: Reading, path: Path, job: Table) -> None:
     """What takes more than one key."""
-    train, model = job.get("train") or {}, job.get("model") or {}
+    train, model = inside(job, "train", path), inside(job, "model", path)
     batch, steps = whole(train.pop("batch_size", 1)), whole(train.pop("gradient_accumulation", 1))
     if batch and steps:
         reading.set("batch_size", batch * steps, "train.batch_size")
@@ -119,5 +121,5 @@ def training(reading: Reading, job: Table) -> None:
     if not model.pop("quantize", False):
         model.pop("qtype", None)
     word = str(job.get("trigger_word") or "")
-    if prompts := pop(job, "sample.prompts"):
+    if prompts := listing(pop(job, "sample.prompts")):
         reading.set("sample_prompts", [str(text).replace("[trigger]", word) for text in prompts], "sample.prompts")

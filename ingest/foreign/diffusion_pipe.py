@@ -13,6 +13,8 @@ from ingest.foreign.reading import (
     areas,
     found,
     found_folder,
+    inside,
+    listing,
     model_of,
     named,
     number,
@@ -62,7 +64,7 @@ def pipe_run(path: Path, value: Table) -> Reading:
     if not isinstance(content, dict) or "directory" not in content:
         raise DatasetError(f"{listed}: no [[directory]] in it; it is named as dataset in {path}")
     dataset_into(reading, listed, content)
-    pipe_training(reading, value)
+    pipe_training(reading, path, value)
     reading.same(value, SAME)
     reading.take(value, RULES)
     reading.leave("", value)
@@ -76,19 +78,20 @@ def pipe_dataset(path: Path, value: Table) -> Reading:
     return reading
 
 
-def pipe_training(reading: Reading, value: Table) -> None:
+def pipe_training(reading: Reading, path: Path, value: Table) -> None:
     """What takes more than one key."""
+    adapter, optimizer, model = (inside(value, key, path) for key in ("adapter", "optimizer", "model"))
     batch, steps = whole(value.pop("micro_batch_size_per_gpu", 1)), whole(value.pop("gradient_accumulation_steps", 1))
     if batch and steps:
         reading.set("batch_size", batch * steps, "micro_batch_size_per_gpu")
     reading.set("training_method", "LORA" if "adapter" in value else "FINE_TUNE", "adapter")
-    if rank := whole((value.get("adapter") or {}).get("rank")):
+    if rank := whole(adapter.get("rank")):
         reading.set("lora_alpha", rank, "adapter.rank")  # diffusion-pipe has alpha = rank
-    if "kahan" in (name := str((value.get("optimizer") or {}).get("type", "")).lower()) or name == "adamw_optimi":
+    if "kahan" in (name := str(optimizer.get("type", "")).lower()) or name == "adamw_optimi":
         reading.set("optimizer.rounding", "KAHAN", "optimizer.type")
-    for key, beta in zip(("beta1", "beta2"), pop(value, "optimizer.betas") or (), strict=False):
+    for key, beta in zip(("beta1", "beta2"), listing(pop(value, "optimizer.betas")), strict=False):
         reading.set(f"optimizer.{key}", beta, "optimizer.betas")
-    low, high = (number(value.get("model", {}).get(key)) for key in ("min_t", "max_t"))
+    low, high = (number(model.get(key)) for key in ("min_t", "max_t"))
     if expert := NOISE_OF.get((low or 0.0, high or 1.0)):
         reading.set("expert", expert, "model.min_t")
         pop(value, "model.min_t"), pop(value, "model.max_t")
@@ -118,7 +121,7 @@ def sizes_into(reading: Reading, table: Table, where: str) -> None:
     elif sizes is not None:
         squares = ",".join(f"{side}x{side}" for side in str(sides).split(","))
         reading.set("resolution", sides if buckets else squares, f"{where}resolutions")
-    counts = sorted(table.pop("frame_buckets", None) or [])
+    counts = reading.counts(table.pop("frame_buckets", None), f"{where}frame_buckets")
     if counts:
         reading.set("frames", counts[-1], f"{where}frame_buckets")
     reading.left += [f"{where}frame_buckets: {count}; only the longest is made" for count in counts[:-1] if count != 1]

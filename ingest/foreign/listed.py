@@ -1,23 +1,17 @@
 """Files with captions: JSONL, videos2caption.json and merge.txt of hao-ai-lab/FastVideo, video2dataset's tars."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ingest.foreign.reading import KINDS, Part, Reading, found, parsed, text_of
+from ingest.foreign.reading import KINDS, Part, Reading, found, parsed
+from ingest.texts import json_lines, text_of
 from shared.errors import DatasetError
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Files and captions of a JSONL of video_path or image_path, and caption; raises DatasetError."""
-    for line, text in enumerate(text_of(path).splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{path}, line {line}: not JSON ({error.msg}); mend the line") from None
+    for line, row in json_lines(path):
         names = ("video_path", "image_path", "file_name")
         named_file = next((row[key] for key in names if key in row), None) if isinstance(row, dict) else None
         if named_file is None:

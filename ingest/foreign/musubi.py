@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from ingest.foreign.listed import jsonl_rows
-from ingest.foreign.reading import Part, Reading, Table, areas, folder_part, found, found_folder, tables, whole
+from ingest.foreign.reading import Part, Reading, Table, areas, folder_part, found, found_folder, inside, tables, whole
 from shared.errors import DatasetError
 
 
 def musubi(path: Path, value: Table) -> Reading:
     """A dataset config of musubi-tuner; also that of sd-scripts style [general] and [[datasets]]."""
     reading = Reading("musubi-tuner")
-    general = value.pop("general", {})
+    general = inside(value, "general", path)
+    value.pop("general", None)
     for place, own in enumerate(tables(value.pop("datasets"), path, "datasets")):
         where, table = f"datasets[{place}].", {**general, **own}
         reading.add(musubi_part(path, table, where))
@@ -52,12 +53,12 @@ def musubi_size(reading: Reading, table: Table, where: str) -> None:
 
 def musubi_frames(reading: Reading, table: Table, where: str) -> None:
     """target_frames and frame_extraction -> frames and windows."""
-    frames, how = table.pop("target_frames", None), table.pop("frame_extraction", "head")
+    how = str(table.pop("frame_extraction", "head"))
+    counts = reading.counts(table.pop("target_frames", None), where + "target_frames")
     longest = table.pop("max_frames", None) if how == "full" else None
-    counts = [count for count in (frames if isinstance(frames, list) else [frames]) if whole(count)]
     if counts or longest:
-        reading.set("frames", longest or max(counts), where + "target_frames")
-    reading.left += [f"{where}target_frames: {count}; only the longest is made" for count in sorted(counts)[:-1]]
+        reading.set("frames", longest or counts[-1], where + "target_frames")
+    reading.left += [f"{where}target_frames: {count}; only the longest is made" for count in counts[:-1]]
     windows: Any = {"head": 1, "full": 1, "uniform": table.pop("frame_sample", 1) if how == "uniform" else 1}.get(how)
     if counts or longest:
         reading.set("windows_per_clip", windows or "AUTO", where + "frame_extraction")

@@ -6,10 +6,12 @@ import os
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ingest.discover import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from ingest.texts import text_of
 from shared.errors import DatasetError
 
 Table = dict[str, Any]
@@ -94,6 +96,14 @@ class Reading:
             if (said := pop(table, path)) is not None and said != value:
                 self.leave(path, said)
 
+    def counts(self, value: Any, where: str) -> list[int]:
+        """Whole numbers above 0, one or a list of them, ascending; anything else is named."""
+        given = listing(value)
+        counts = sorted(filter(None, map(whole, given)))
+        if len(counts) < len(given):
+            self.leave(where, value)
+        return counts
+
     def leave(self, path: str, value: Any) -> None:
         """Name what has no equivalent; what is off or empty needs none."""
         if isinstance(value, dict):
@@ -114,7 +124,7 @@ class Reading:
         name = f"set_{plain}" if plain in ("videos", "images", "captions") else plain
         names = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
         unique = next(other for other in names if other not in taken)
-        self.parts.append(Part(unique, part.folder, part.files, part.tar, part.repeats, part.prior))
+        self.parts.append(replace(part, name=unique))
 
 
 def parsed(path: Path) -> Any:
@@ -150,6 +160,19 @@ def tables(value: Any, path: Path, key: str) -> list[Table]:
     raise DatasetError(f"{path}: {key} is no list of tables; write it as its own program has it")
 
 
+def inside(table: Table, key: str, path: Path) -> Table:
+    """A table in a table, an empty one where there is none; raises DatasetError for anything else."""
+    value = table.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise DatasetError(f"{path}: {key} is no table; write it as its own program has it")
+    return value or {}
+
+
+def listing(value: Any) -> list[Any]:
+    """A list as it is, nothing as an empty one, anything else as its only item."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def found(value: Any, path: Path, key: str) -> Path:
     """A file or folder that a file names: as it stands, or beside the file; raises DatasetError when there is none."""
     for candidate in (Path(str(value)).expanduser(), path.parent / str(value)):
@@ -166,16 +189,6 @@ def found_folder(value: Any, path: Path, key: str) -> Path:
     return folder
 
 
-def text_of(path: Path) -> str:
-    """A file's text; raises DatasetError when it is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-
-
 def number(value: Any) -> float | None:
     """A number; YAML reads 1e-4 as text."""
     try:
@@ -186,14 +199,14 @@ def number(value: Any) -> float | None:
 
 def whole(value: Any) -> int | None:
     """A whole number above 0."""
-    amount = number(value)
-    return int(amount) if amount and amount >= 1 and amount == int(amount) else None
+    amount = integer(value)
+    return amount if amount and amount >= 1 else None
 
 
 def integer(value: Any) -> int | None:
     """A whole number, 0 too."""
     amount = number(value)
-    return int(amount) if amount is not None and amount == int(amount) else None
+    return int(amount) if amount is not None and amount.is_integer() else None
 
 
 def named(names: Table) -> Callable[[Any], Any]:
@@ -211,19 +224,19 @@ def model_of(value: Any) -> str | None:
 
 def areas(value: Any) -> str | None:
     """[512, 768] or [[1280, 720]] -> '512,768' or '960': sides of squares of the same area."""
-    sizes = value if isinstance(value, list) else [value]
-    if not all(number(side) for size in sizes for side in (size if isinstance(size, list) else [size])):
+    pairs = [size if isinstance(size, list) else [size, size] for size in listing(value)]
+    sides = [[side for side in map(whole, pair) if side] for pair in pairs]
+    if not sides or any(len(pair) != 2 or len(given) != 2 for pair, given in zip(sides, pairs, strict=True)):
         return None
-    sides = [math.sqrt(math.prod(size)) if isinstance(size, list) else number(size) for size in sizes]
-    return ",".join(str(round(side)) for side in sides if side) if sides and all(sides) else None
+    return ",".join(str(round(math.sqrt(math.prod(pair)))) for pair in sides)
 
 
 def folder_part(folder: Path, extension: str, repeats: int, prior: bool = False) -> Part:
-    """A folder; when its captions are not in .txt files, the files with what is in those others."""
+    """A folder; when its captions are not in .txt files, its videos and pictures with what is in those others."""
     suffix = f".{extension.lstrip('.')}"
     if suffix == ".txt":
         return Part(folder.name, folder=folder, repeats=repeats, prior=prior)
-    media = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != suffix]
+    media = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
     texts = [(file, file.with_suffix(suffix)) for file in media]
-    files = tuple((file, (text_of(text).strip(),)) for file, text in texts if text.is_file())
+    files = tuple((file, (text_of(text).strip(),) if text.is_file() else ()) for file, text in texts)
     return Part(folder.name, files=files, repeats=repeats, prior=prior)

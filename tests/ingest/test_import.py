@@ -4,11 +4,19 @@ import io
 import json
 import shutil
 import tarfile
+import tomllib
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from ingest.__main__ import Order, ingest
+from ingest.foreign.ai_toolkit import toolkit
+from ingest.foreign.diffusion_pipe import pipe_dataset, pipe_run
+from ingest.foreign.musubi import musubi
 from ingest.importing import import_foreign
 from shared.config import Config
 from shared.errors import DatasetError
@@ -284,6 +292,22 @@ def test_tars_of_video2dataset(root: Path) -> None:
     ]
 
 
+def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
+    tar_of(tmp_path / "set" / "a.tar", {"x/1.mp4": b"one", "y/1.mp4": b"two"})
+    with pytest.raises(DatasetError, match=r"1\.mp4 is in two of its folders"):
+        import_foreign(tmp_path / "set" / "a.tar", tmp_path / "out")
+
+
+def test_a_clip_without_a_caption_file_is_left_to_ingest(root: Path) -> None:
+    """Which says so, or has it captioned; other files are no clips."""
+    shutil.copyfile(root / "videos" / "c.mp4", root / "cats" / "c.MP4")
+    (root / "cats" / "notes.json").write_text("{}")
+    job = "config: {process: [{datasets: [{folder_path: cats, caption_ext: caption}]}]}"
+    _, _, index = imported(root, "job.yaml", job)
+    assert set(captions(index)) == {"cats/a.mp4"}
+    assert [(drop.source, drop.reason.partition(":")[0]) for drop in index.dropped] == [("cats/c.MP4", "no caption")]
+
+
 def test_fastvideo_and_a_lone_jsonl(root: Path) -> None:
     rows = [{"path": "c.mp4", "cap": ["a bird sings", "a small bird"], "fps": 16.0, "resolution": {"width": 96}}]
     _, _, index = imported(root, "videos2caption.json", json.dumps(rows))
@@ -340,6 +364,33 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, name: str, cont
         import_foreign(tmp_path / name, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+WRONG = (None, 3, -1, 1.5, float("inf"), float("nan"), "x", [], {}, [1, "a"], ["512", "512"], [[-1, 5]], True, [{}])
+
+
+def changed(value: Any, wrong: Any) -> Iterator[Any]:
+    """The value with a wrong one in place of each of its parts, one at a time."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in list(parts):
+        for other in (wrong, *changed(part, wrong)):
+            value[key] = other
+            yield value
+        value[key] = part
+
+
+@pytest.mark.parametrize("name", ["musubi", "pipe", "data", "toolkit"])
+def test_a_value_of_another_kind_is_named_or_refused_in_one_line(root: Path, name: str) -> None:
+    (root / "data.toml").write_text(PIPE_DATA)
+    read, text = {"musubi": (musubi, MUSUBI), "pipe": (pipe_run, PIPE), "data": (pipe_dataset, PIPE_DATA),
+                  "toolkit": (toolkit, TOOLKIT)}[name]  # fmt: skip
+    value = yaml.safe_load(text) if name == "toolkit" else tomllib.loads(text)
+    for wrong in WRONG:
+        for content in changed(value, wrong):
+            try:
+                read(root / "x.yaml", deepcopy(content))
+            except DatasetError as error:
+                assert "\n" not in str(error)
 
 
 def test_the_command_writes_once_and_names_the_next(root: Path) -> None:
