@@ -4,44 +4,29 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.bench.harness import Pair
 from tests.demo.dataset import write_dataset
+from tests.e2e.commands import ROOT, peak_mib
 
-ROOT = Path(__file__).parents[2]
 CLIPS = 4  # of either kind
 IMPORTS = {"ingest": "ingest.__main__, av, ffmpeg", "encode": "encode.worker", "train": "train.session"}
 
 
 def peak_of(*words: Any) -> Callable[[], float]:
-    """MiB of the largest moment of a Python process with these arguments; its own children do not count.
-
-    It is read off the running process (VmHWM of proc(5)): ru_maxrss of a child starts with what its parent holds.
-    """
+    """MiB of the largest moment of a Python process with these arguments."""
 
     def call() -> float:
-        command, peak = [sys.executable, *map(str, words)], 0.0
+        command = [sys.executable, *map(str, words)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None:
-                peak = max(peak, high_water(process.pid))
-                time.sleep(0.01)
+            peak = peak_mib(process, "VmHWM")
         assert process.returncode == 0, command
         return peak
 
     return call
-
-
-def high_water(process: int) -> float:
-    """MiB; 0 once the process has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def positive(ours: float, theirs: float) -> None:

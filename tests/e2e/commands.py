@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,3 +28,19 @@ def refused(*arguments: object) -> str:
     assert len(errors) == 1, output
     assert "Traceback" not in output, output
     return errors[0]
+
+
+def peak_mib(process: "subprocess.Popen[Any]", field: str) -> float:
+    """The most that a field of proc(5)'s status, in MiB, has been until the process ended; its children do not count.
+
+    ru_maxrss of a child starts with what its parent holds, so it is read off the running process.
+    """
+    peak = 0.0
+    while process.poll() is None:
+        try:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            break
+        peak = max([peak, *(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))])
+        time.sleep(0.003)
+    return peak

@@ -1,5 +1,6 @@
 """Batch and chunk follow free memory, change no latent, and shrink when memory runs out all the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from shared.bucket import Bucket
 from shared.errors import ModelError
 from shared.tiny_variants import VAE_21, VAE_22
 from shared.weights import load_vae
-from tests.encode.live import peak_bytes
 from tests.encode.test_encode import settings
+from train.dryrun import Alive
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,15 @@ def test_no_effort_changes_the_latents(model: Path, effort: Effort) -> None:
     latents, worked = encode_within_memory(vae, video_BCTHW, effort)
     assert worked == effort
     torch.testing.assert_close(latents, (stock - mean) / std, rtol=1e-10, atol=1e-10)
+
+
+def peak_bytes(call: Callable[[], object], known: list[torch.Tensor]) -> int:
+    """The most bytes of tensors that were alive at once, beside the known ones."""
+    alive = Alive()
+    alive.ignore(known)
+    with alive:
+        call()
+    return alive.peak
 
 
 @pytest.mark.parametrize("kind", [VAE_21, VAE_22], ids=["2.1", "2.2"])

@@ -3,10 +3,9 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from tests.e2e.commands import ROOT
+from tests.e2e.commands import ROOT, peak_mib
 from tests.encode.make import add_shard, index_of
 
 SIZE = (9, 192, 192)
@@ -16,25 +15,13 @@ PIXELS_MIB = 9 * 192 * 192 * 3 / 2**20  # of one clip, decoded: 0.95
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
 
-def anonymous_mib(process: int) -> float:
-    """Memory of a process that no file backs (RssAnon of proc(5)); 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
-
-
 def peak_of_an_encode(work: Path, model: Path, shards: int) -> float:
     """MiB at the highest of samples taken every few milliseconds; the store is complete afterwards."""
     index_of(work, [add_shard(work, f"{n}.tar", range(PER_SHARD * n, PER_SHARD * (n + 1)), size=SIZE)
                     for n in range(shards)])  # fmt: skip
     command = [sys.executable, "-m", "encode", "--work", str(work), "--model", str(model), "--preset", "demo"]
-    peak = 0.0
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE) as process:
-        while process.poll() is None:
-            peak = max(peak, anonymous_mib(process.pid))
-            time.sleep(0.003)
+        peak = peak_mib(process, "RssAnon")  # what no file backs
         assert process.stdout is not None and b"complete" in process.stdout.read()
     return peak
 

@@ -38,6 +38,15 @@ def trained_model(made: Made, settings: Config) -> tuple[Model, dict[str, torch.
     return model, {name: value.detach() for name, value in tensors.items()}
 
 
+def exported(made: Made, folder: Path, settings: Config, metadata: dict[str, str] | None = None
+             ) -> tuple[Path, Model, dict[str, torch.Tensor]]:  # fmt: skip
+    """The file of such an adapter in the settings' format, the model and the tensors it was made from."""
+    model, tensors = trained_model(made, settings)
+    what = make_run(folder / "run", settings, made[2]), "single", settings.output_model_format
+    (path,) = write_result(folder, "a", what, tensors, metadata or {"format": "pt"})
+    return path, model, tensors
+
+
 def ours(model: Model) -> torch.Tensor:
     text = torch.randn(7, 16, generator=torch.Generator().manual_seed(2))
     rows = project_text(model.transformer, text)
@@ -64,11 +73,7 @@ def pipeline(folder: Path) -> WanPipeline:
 @pytest.mark.parametrize("form", ["COMFY_LORA", "DIFFUSERS_LORA", "KOHYA_LORA"])
 def test_stock_diffusers_gives_our_output(single: Made, tmp_path: Path, form: Any, targets: str) -> None:
     settings = config(single[0], lora_alpha=6.0, lora_targets=targets, output_model_format=form)
-    model, tensors = trained_model(single, settings)
-    run = make_run(tmp_path / "run", settings, single[2])
-    (path,) = write_result(
-        tmp_path, "a", (run, "single", form), tensors, describe(settings, run.spec, "single", 5, "data")
-    )
+    path, model, _ = exported(single, tmp_path, settings, describe(settings, single[1], "single", 5, "data"))
     pipe = pipeline(single[0])
     before = stock(pipe.transformer)
     pipe.load_lora_weights(str(path.parent), weight_name=path.name)
@@ -148,10 +153,8 @@ def test_a_fine_tune_is_a_diffusers_folder_or_one_file_with_original_names(singl
 
 def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
     settings = config(single[0], lora_alpha=2.0, caption_prefix="zorb, ")
-    _, tensors = trained_model(single, settings)
-    run = make_run(tmp_path / "run", settings, single[2])
-    facts = describe(settings, run.spec, "single", 123, "a store")
-    (path,) = write_result(tmp_path, "a", (run, "single", "COMFY_LORA"), tensors, facts)
+    facts = describe(settings, single[1], "single", 123, "a store")
+    path, _, tensors = exported(single, tmp_path, settings, facts)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["steps"] == metadata["ss_steps"] == "123" and metadata["store_fingerprint"] == "a store"
@@ -160,7 +163,7 @@ def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
     assert Config.model_validate(json.loads(metadata["config"])) == settings
     weights = {name: value for name, value in load_file(path).items() if name.endswith("weight")}
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
-    half = formatted(tensors, settings.model_copy(update={"output_dtype": "FLOAT_16"}), run.spec, "COMFY_LORA")
+    half = formatted(tensors, settings.model_copy(update={"output_dtype": "FLOAT_16"}), single[1], "COMFY_LORA")
     assert {str(value.dtype) for name, value in half.items() if name.endswith("weight")} == {"torch.float16"}
 
 
@@ -168,9 +171,7 @@ def test_a_file_says_where_it_comes_from(single: Made, tmp_path: Path) -> None:
 def test_training_can_start_from_a_file_of_any_format(single: Made, tmp_path: Path, form: Any) -> None:
     """The model starts as it was exported, though this run's alpha is another one."""
     settings = config(single[0], lora_alpha=6.0, output_model_format=form)
-    before, tensors = trained_model(single, settings)
-    run = make_run(tmp_path / "run", settings, single[2])
-    (path,) = write_result(tmp_path, "a", (run, "single", form), tensors, {"format": "pt"})
+    path, before, _ = exported(single, tmp_path, settings)
     other = config(single[0], lora_alpha=16.0)
     model = load_model(single[1], "single", other, CPU)
     trained = add_adapter(model.transformer, other, 7)
@@ -218,9 +219,7 @@ def test_a_whole_model_goes_out_and_comes_in_again_bit_for_bit(
 def test_a_round_trip_through_a_format_is_lossless(single: Made, tmp_path: Path, form: Any) -> None:
     """Exported in float32 and started from with the same rank and alpha: the very same bits, and so in every format."""
     settings = config(single[0], lora_alpha=8.0, output_model_format=form)
-    _, tensors = trained_model(single, settings)
-    run = make_run(tmp_path / "run", settings, single[2])
-    (path,) = write_result(tmp_path, "a", (run, "single", form), tensors, {"format": "pt"})
+    path, _, tensors = exported(single, tmp_path, settings)
     fresh = add_adapter(load_model(single[1], "single", settings, CPU).transformer, settings, 7)
     start_from(path, fresh, settings)
     assert all(torch.equal(part.detach(), tensors[name]) for name, part in fresh.items())

@@ -17,10 +17,10 @@ from shared.names import original_name
 from shared.tensors import read
 from shared.weights import dit_places
 from tests.train.make import config, make_run
-from tests.train.test_export import CPU, comfy_weight, ours, pipeline, stock, trained_model
+from tests.train.test_export import CPU, comfy_weight, exported, ours, pipeline, stock, trained_model
 from train.adapter import add_adapter
 from train.adapter_file import base_adapters
-from train.export import describe, formatted, write_result
+from train.export import describe, formatted
 from train.load import SAVED, load_quantized
 from train.merge import Merge
 from train.model import load_model, refuse_mismatch
@@ -31,22 +31,14 @@ Made = tuple[Path, ModelSpec, Path]
 ALL = r".*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
 
 
-def exported(made: Made, folder: Path, form: Any, settings: Config) -> Path:
-    _, tensors = trained_model(made, settings)
-    run = make_run(folder / "run", settings, made[2])
-    (path,) = write_result(folder, "a", (run, "single", form), tensors, {"format": "pt"})
-    return path
-
-
 def merged_with(made: Made, *adapters: Any, **changes: Any) -> Config:
     return config(made[0], base_adapters=list(adapters), **changes)
 
 
 @pytest.mark.parametrize("form", ["COMFY_LORA", "DIFFUSERS_LORA", "KOHYA_LORA"])
 def test_merging_is_what_stock_diffusers_fuses(single: Made, tmp_path: Path, form: Any) -> None:
-    path = exported(
-        single, tmp_path, form, config(single[0], lora_alpha=6.0, lora_targets=ALL, output_model_format=form)
-    )
+    settings = config(single[0], lora_alpha=6.0, lora_targets=ALL, output_model_format=form)
+    path, *_ = exported(single, tmp_path, settings)
     settings = merged_with(single, {"file": str(path), "strength": 0.7})
     model = load_model(single[1], "single", settings, CPU)
     pipe = pipeline(single[0])
@@ -62,7 +54,7 @@ def test_merging_is_what_stock_diffusers_fuses(single: Made, tmp_path: Path, for
 
 
 def test_several_adapters_add_up_and_a_fresh_one_is_trained_on_top(single: Made, tmp_path: Path) -> None:
-    path = exported(single, tmp_path, "COMFY_LORA", config(single[0], lora_alpha=6.0, lora_targets=ALL))
+    path, *_ = exported(single, tmp_path, config(single[0], lora_alpha=6.0, lora_targets=ALL))
     halves = merged_with(single, {"file": str(path), "strength": 0.25}, {"file": str(path), "strength": 0.75})
     whole = load_model(single[1], "single", merged_with(single, str(path)), CPU)
     both = load_model(single[1], "single", halves, CPU)
@@ -127,7 +119,7 @@ def test_an_adapter_of_a_convolution_is_merged(single: Made, tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", ["FLOAT_8", "NFLOAT_4"])
 def test_what_is_stored_is_the_merged_weight(single: Made, tmp_path: Path, dtype: str) -> None:
     """Merging comes before quantising; what is saved is named after the adapter's content and strength."""
-    path = exported(single, tmp_path, "COMFY_LORA", config(single[0], lora_alpha=6.0, lora_targets=ALL))
+    path, *_ = exported(single, tmp_path, config(single[0], lora_alpha=6.0, lora_targets=ALL))
     (tmp_path / "model").mkdir()
     for part in ("transformer", "vae", "model_index.json"):
         (tmp_path / "model" / part).symlink_to(single[0] / part)
@@ -150,7 +142,7 @@ def bits(codes: torch.Tensor) -> torch.Tensor:
 
 
 def test_each_expert_gets_its_own_of_a_pair(pair: Made, single: Made, tmp_path: Path) -> None:
-    path = exported(single, tmp_path, "COMFY_LORA", config(single[0], lora_alpha=6.0, lora_targets=ALL))
+    path, *_ = exported(single, tmp_path, config(single[0], lora_alpha=6.0, lora_targets=ALL))
     tensors = load_file(path)
     files = {expert: tmp_path / f"fast_{expert}.safetensors" for expert in ("high_noise", "low_noise")}
     for factor, file in zip((1.0, -1.0), files.values(), strict=True):
@@ -167,7 +159,7 @@ def test_each_expert_gets_its_own_of_a_pair(pair: Made, single: Made, tmp_path: 
 
 
 def test_results_say_what_was_merged_and_a_run_keeps_it(single: Made, tmp_path: Path) -> None:
-    path = exported(single, tmp_path, "COMFY_LORA", config(single[0]))
+    path, *_ = exported(single, tmp_path, config(single[0]))
     settings = merged_with(single, {"file": str(path), "strength": 0.5})
     facts = describe(settings, single[1], "single", 1, "data")
     (told,) = json.loads(facts["base_adapters"])
