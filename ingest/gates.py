@@ -64,19 +64,22 @@ def perceptual_hash(grey_HW: "Grey") -> str:
 
 def refusal(measures: Measures, gates: GatesConfig, fps: float, still: bool) -> tuple[str, float] | None:
     """(reason, value) of the first gate that a sample fails. `fps`: grid rate, frames per second of the source."""
-    checks: list[tuple[float, float | None, str]] = [(measures.black, gates.black, "black: mean grey level")]
+    checks: list[tuple[float, float | None, str, str]] = [
+        (measures.black, gates.black, "black: mean grey level", "black")
+    ]
     if not still:
         checks += [
-            (measures.motion * fps, gates.frozen, "frozen: grey-level change per second"),
-            (measures.motion, gates.min_motion, "too little motion: grey-level change per frame"),
+            (measures.motion * fps, gates.frozen, "frozen: grey-level change per second", "frozen"),
+            (measures.motion, gates.min_motion, "too little motion: grey-level change per frame", "min_motion"),
         ]
-    checks.append((measures.detail, gates.min_sharpness, "blurred: variance of the Laplacian / of the picture"))
-    for value, least, what in checks:
+    blurred = "blurred: variance of the Laplacian / of the picture"
+    checks.append((measures.detail, gates.min_sharpness, blurred, "min_sharpness"))
+    for value, least, what, name in checks:
         if least is not None and value < least:
-            return f"{what} {value:.3g}, wanted at least {least:g}", value
+            return f"{what} {value:.3g}, gates.{name} asks for at least {least:g}", value
     if not still and gates.max_motion is not None and measures.motion > gates.max_motion:
         what = f"too much motion: grey-level change per frame {measures.motion:.3g}"
-        return f"{what}, wanted at most {gates.max_motion:g}", measures.motion
+        return f"{what}, gates.max_motion allows {gates.max_motion:g}", measures.motion
     return None
 
 

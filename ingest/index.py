@@ -98,14 +98,19 @@ def summary(index: Index, remarks: Mapping[str, list[str]], small: int, report: 
 def drop_lines(dropped: tuple[Drop, ...]) -> list[str]:
     """A few drops by file; many by kind, each with the first as example, which says what to do."""
     if len(dropped) <= FEW_DROPS:
-        lines = [f"{drop.source}: {drop.reason}" for drop in dropped]
+        lines = [f"{place(drop)}: {drop.reason}" for drop in dropped]
     else:
         kinds: dict[str, list[Drop]] = {}
         for drop in dropped:
             kinds.setdefault(reason_kind(drop), []).append(drop)
         most = sorted(kinds.values(), key=len, reverse=True)
-        lines = [f"{len(drops):6} such as {drops[0].source}: {drops[0].reason}" for drops in most]
+        lines = [f"{len(drops):6} such as {place(drops[0])}: {drops[0].reason}" for drops in most]
     return [f"dropped {len(dropped)}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def place(drop: Drop) -> str:
+    """The file, and where a clip that was cut from it starts: other clips of it may be kept."""
+    return drop.source if drop.start is None else f"{drop.source} at {drop.start:.3g} s"
 
 
 def reason_kind(drop: Drop) -> str:

@@ -217,3 +217,6 @@ def test_gates_judge_by_the_measures() -> None:
     assert refusal(measure(grey[:1].repeat(5, 0)), GatesConfig(), 16.0, still=False) is not None
     assert refusal(measure(grey[:1]), GatesConfig(), 0.0, still=True) is None
     assert measure(np.full((5, 32, 32), 77, np.uint8)).black == 77
+    for name, limit in (("black", 255), ("frozen", 1e9), ("min_motion", 255), ("max_motion", 0), ("min_sharpness", 1)):
+        fault = refusal(good, GatesConfig.model_validate({name: limit}), 16.0, still=False)
+        assert fault is not None and f"gates.{name} " in fault[0]  # the setting to change is named

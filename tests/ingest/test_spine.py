@@ -206,6 +206,8 @@ def test_many_drops_are_summed_up_by_kind_with_an_example_that_says_what_to_do()
         "       4 such as IMG_0.mp4: no caption: write it",
         "       2 such as 0.mp4: too short: 0 s",
     ]
+    clip = Drop(source="a.mp4", reason="black: 3", start=2.5)
+    assert drop_lines((clip,))[1] == "  a.mp4 at 2.5 s: black: 3"  # other clips of the file may be kept
 
 
 def test_files_smaller_than_their_bucket_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
