@@ -198,13 +198,15 @@ def snippet(run: Run, before: list[str], after: list[str]) -> str:
 def upload(folder: Path, repo: str, private: bool) -> str:
     """Create the repository if it is not there, and upload the folder in one commit; returns its address."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    from shared.store_remote import hub_errors
 
     api = HfApi()
     try:
         address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with prewan")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except (*hub_errors(), HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise RunError(f"REPO={repo}: {str(error).strip().splitlines()[0]}; the folder is {folder}; log in with "
                        ".venv/bin/hf auth login, and name a repository of yours as user/name") from None  # fmt: skip
     return str(address)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -100,6 +101,9 @@ def test_publishing_uploads_the_folder(run: Run, tmp_path: Path, monkeypatch: py
         publish(run, REPO, dry_run=False)  # again: the repository is there already
         with pytest.raises(RunError, match="hf auth login"):
             publish(run, "nobody/nothing at all", dry_run=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody answers there
+    with pytest.raises(RunError, match=r"^REPO=.*the folder is"):
+        publish(run, REPO, dry_run=False)
 
 
 def test_a_dry_run_uploads_nothing_and_a_run_without_results_says_how_to_make_some(
