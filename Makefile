@@ -63,7 +63,7 @@ $(READY): pyproject.toml constraints.txt shared/torch_build.py
 	$(PY) -m pip install -q -c constraints.txt -e '.[share]'
 	echo "$(CHOICE)" > $(VENV)/torch-choice
 	touch $(READY)
-	echo "ready: $$($(PY) --version), torch $$($(PY) -c 'import torch; print(torch.__version__)')"
+	echo "ready: $$($(PY) --version), torch $$($(PY) -c 'import torch; print(torch.__version__)'); next: make demo"
 
 $(DEV): $(READY)
 	@echo "installing the test tools (once) ..."

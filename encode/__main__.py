@@ -198,7 +198,7 @@ def pull(work: Path, store: Path | None, place: str, sha256: str) -> None:
     target = store or work / "latents.zarr"
     with ExitStack() as stack:
         count = copy(place, target, sha256 or None, transfer_bar(stack, "pull"))
-    click.echo(f"{target}: {count} files fetched and verified")
+    click.echo(f"{target}: {count} files fetched and verified; train from it with: make train STORE={target}")
 
 
 def transfer_bar(stack: ExitStack, name: str) -> Callable[[int, int], Callable[[float], None]]:

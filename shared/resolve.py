@@ -63,8 +63,8 @@ def preset_path(name: str) -> Path:
     plain = PRESET_ALIASES.get(key, plain)
     if plain not in preset_names():
         near = difflib.get_close_matches(plain, preset_names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(preset_names())}"
-        raise ConfigError(f"PRESET={name}: no such preset; {hint}")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"PRESET={name}: no such preset; {hint}there are: {', '.join(preset_names())}")
     return PRESETS / f"{plain}.json"
 
 
@@ -152,7 +152,7 @@ def parse_set(text: str) -> dict[str, Any]:
     for part in re.split(ASSIGNMENT, text.strip()) if text.strip() else ():
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise ConfigError(f"SET: {part!r} is not key=value")
+            raise ConfigError(f'SET: {part!r} is not key=value, as in SET="batch_size=1 seed=3"')
         if key != key.strip():
             raise ConfigError(f"SET: {part!r}: write key=value without spaces around =")
         try:

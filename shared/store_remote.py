@@ -218,7 +218,7 @@ def missing(remote: Remote, path: str) -> StoreError:
 
 def unreachable(remote: Remote, path: str, error: BaseException) -> StoreError:
     """The error of a place that does not answer."""
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).partition("Debug source")[0].split())[:200]  # behind it obstore shows Rust structs
     public = next(
         (f" (public: {name}=true)" for scheme, name in UNSIGNED.items() if remote.name.startswith(scheme)), ""
     )

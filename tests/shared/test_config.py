@@ -72,7 +72,7 @@ def test_a_preset_chosen_later_keeps_the_ingested_model_unless_one_is_named(tmp_
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        (Choice(preset="17gb"), "did you mean 16gb"),
+        (Choice(preset="17gb"), "did you mean 16gb.* there are: 16gb, .*cpu"),
         (Choice(set="learing_rate=1"), "learing_rate: unknown key, did you mean learning_rate"),
         (Choice(set="max_frames=9"), "did you mean video_config.max_frames"),
         (Choice(set="batch_size=0"), r"batch_size: .* \(value 0, from SET\)"),
