@@ -24,6 +24,14 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def fault(error: Exception) -> str:
+    """What is wrong with the JSON of a record, in a few words."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
+
+
 class SourceFacts(Record):
     """Probed facts of a source; `facts` holds what the probe found (codec, fps, rotation, colour ...), for people."""
 
@@ -115,5 +123,5 @@ def read_index(work: Path) -> Index:
             raise DatasetError(f"{path} has version {value.get('version')}, this code reads {INDEX_VERSION}; "
                                "run make ingest again")  # fmt: skip
         return Index.model_validate(value)
-    except (ValueError, ValidationError, AttributeError) as error:
-        raise DatasetError(f"{path} is damaged ({str(error).splitlines()[0]}); run make ingest again") from None
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(f"{path} is damaged ({fault(error)}); run make ingest again") from None

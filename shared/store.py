@@ -18,9 +18,10 @@ from shared.concept import Spans
 from shared.errors import StoreError
 from shared.files import read_json, write_json
 from shared.keys import fingerprint
-from shared.shards import Record, Split
+from shared.shards import Record, Split, fault
 
 STORE_VERSION = 1
+MEND = "delete it and run make encode"  # a damaged record
 Kind = Literal["latents", "cond", "text"]
 TEXT_CHUNK = 32  # rows of an inner chunk of a text unit; captions start on chunk boundaries
 PLACES = TypeAdapter(dict[str, tuple[tuple[NonNegativeInt, NonNegativeInt], ...]])  # of text key -> Spans
@@ -159,7 +160,7 @@ def _read_record(path: Path, kind: type[Any]) -> Any:
     return parse_record(path.read_bytes(), kind, str(path))
 
 
-def parse_record(data: bytes, kind: type[Any], where: str, version: int = STORE_VERSION) -> Any:
+def parse_record(data: bytes, kind: type[Any], where: str, version: int = STORE_VERSION, mend: str = MEND) -> Any:
     """A record from JSON bytes, own or foreign; raises StoreError naming `where` for other versions and damage."""
     with suppress(ValidationError):  # what is wrong is said below; straight from the bytes takes a third of the time
         record = kind.model_validate_json(data)
@@ -170,5 +171,5 @@ def parse_record(data: bytes, kind: type[Any], where: str, version: int = STORE_
         if value.get("version") != version:
             raise StoreError(f"{where} has version {value.get('version')}, this code reads version {version}")
         return kind.model_validate(value)
-    except (ValueError, ValidationError, AttributeError, RecursionError) as error:
-        raise StoreError(f"{where} is damaged ({str(error).splitlines()[0]}); delete it and run make encode") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{where} is damaged ({fault(error)}); {mend}") from None

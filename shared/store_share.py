@@ -44,6 +44,8 @@ GROUPS = re.compile(r"((latents|cond|text)/)?zarr\.json")
 ALLOWED = re.compile(rf"{GROUPS.pattern}|units/{_ID}\.json|datasets/[A-Za-z0-9_-]{{1,64}}\.json"
                      rf"|(latents|cond)/{_ID}/{_CHUNK}"
                      rf"|text/{_ID}/(zarr\.json|(tokens|ids|offsets)/{_CHUNK})")  # fmt: skip
+KINDS = {"units/": Marker, "datasets/": DatasetList}
+PUSH_AGAIN = "whoever shared it has to push it again"
 Advance = Callable[[float], None]
 
 
@@ -109,7 +111,7 @@ def existing(remote: Remote) -> dict[str, FileRecord]:
 
 def parse_manifest(data: bytes, remote: Remote) -> Manifest:
     """Manifest from foreign bytes; refuses other versions, paths that are not a store's, and names given twice."""
-    manifest: Manifest = parse_record(data, Manifest, f"{remote.name}/{MANIFEST}", MANIFEST_VERSION)
+    manifest: Manifest = parse_record(data, Manifest, f"{remote.name}/{MANIFEST}", MANIFEST_VERSION, PUSH_AGAIN)
     for record in manifest.files:
         if not ALLOWED.fullmatch(record.path):
             raise hostile(remote, f"{record.path!r} is not the path of a store's file")
@@ -133,12 +135,11 @@ def look(url: str, sha256: str | None = None, known: Path | None = None) -> Shar
     with ThreadPoolExecutor(PARALLEL) as pool:
         contents = pool.map(lambda record: kept(known, record) or read_checked(remote, record), json_records)
         small = {record.path: content for record, content in zip(json_records, contents, strict=True)}
-    markers = {
-        path: parse_record(small[path], Marker, f"{remote.name}/{path}") for path in small if path.startswith("units/")
-    }
-    for path, content in small.items():
-        if path.startswith("datasets/"):
-            parse_record(content, DatasetList, f"{remote.name}/{path}")
+    records: dict[str, Any] = {
+        path: parse_record(content, kind, f"{remote.name}/{path}", mend=PUSH_AGAIN)
+        for path, content in small.items() for folder, kind in KINDS.items() if path.startswith(folder)
+    }  # fmt: skip
+    markers = {path: record for path, record in records.items() if isinstance(record, Marker)}
     check_units(remote, markers, files, small)
     return Shared(remote, Manifest(files=tuple(files.values())), markers, small)
 

@@ -64,6 +64,16 @@ def test_an_object_of_several_parts_arrives_whole(tmp_path: Path, kind: str, mon
         assert b"".join(remote.read("latents/0/c/0", 7 * 2**20)) == data[7 * 2**20 :]
 
 
+@pytest.mark.parametrize("kind", ["ranges", "plain"])
+def test_a_file_is_read_from_where_it_is_asked_for(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the server sends it whole all the same."""
+    data = np.random.default_rng(0).bytes(3 * 2**20 + 3)
+    (tmp_path / "data").write_bytes(data)
+    with place(kind, tmp_path, monkeypatch) as url:
+        for start in (0, 5, 2**20, 2**21 + 7):
+            assert b"".join(open_remote(url).read("data", start)) == data[start:]
+
+
 @pytest.mark.parametrize("kind", ["folder", "gs", "hf"])
 def test_a_hostile_manifest_is_refused_wherever_it_lies(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

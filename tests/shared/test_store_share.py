@@ -5,16 +5,17 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from shared.errors import StoreError
-from shared.store import marker_path, read_datasets, read_markers
+from shared.store import read_datasets, read_markers
 from shared.store_copy import local_store
 from shared.store_read import StoreReader
-from shared.store_share import INCOMING, MANIFEST, fetch, look, pull, push
+from shared.store_share import INCOMING, MANIFEST, look, pull, push
 from tests.formats.stores import example, normal, write_rows
 from tests.shared.places import add_file, files_of, quiet
 from tests.shared.servers import plain_server, range_server
@@ -172,25 +173,83 @@ def test_an_array_other_than_ours_is_refused(tmp_path: Path, change: Callable[[A
     assert not (tmp_path / "b.zarr").exists()
 
 
+def other_sum(marker: dict[str, Any]) -> dict[str, Any]:
+    return marker | {"files": [record | {"sha256": "0" * 64} for record in marker["files"]]}
+
+
+def moved_caption(marker: dict[str, Any]) -> dict[str, Any]:
+    return marker | {"captions": {key: row | {"start": 960} for key, row in marker["captions"].items()}}
+
+
+WHO = "inputs are not permitted); whoever shared it has to push it again"
+# what a marker of a kind says falsely, and the words with which it is refused
 MARKERS = {
-    "other id": lambda marker: marker | {"id": "0" * 32},
-    "foreign file": lambda marker: marker | {"files": [{"path": "zarr.json", "size": 1, "sha256": "0" * 64}]},
-    "huge shape": lambda marker: marker | {"shape": HUGE},
-    "rows beyond": lambda marker: marker | {"rows": {"a": 0, "b": 7, "c": 2}},
-    "version": lambda marker: marker | {"version": 2},
-    "unknown field": lambda marker: marker | {"code": "import os"},
-    "deep": lambda marker: marker | {"made_from": "x" * 10},
+    "other id": ("latents", lambda marker: marker | {"id": "0" * 32}, "is the marker of 0000"),
+    "foreign file": ("latents", lambda marker: marker | {"files": [ELSEWHERE]}, "differ about 'zarr.json'"),
+    "other sum": ("latents", other_sum, "and the manifest differ about"),
+    "huge shape": ("latents", lambda marker: marker | {"shape": HUGE}, "does not hold its 3 rows"),
+    "rows beyond": ("latents", lambda marker: marker | {"rows": {"a": 0, "b": 7, "c": 2}}, "does not hold its 3 rows"),
+    "caption beyond": ("text", moved_caption, "a caption lies outside its array"),
+    "version": ("latents", lambda marker: marker | {"version": 2}, "has version 2"),
+    "unknown field": (
+        "latents",
+        lambda marker: marker | {"code": "import os"},
+        f"damaged (code: Extra {WHO}",
+    ),
+    "other kind of value": (
+        "latents",
+        lambda marker: marker | {"made_from": "x"},
+        "(made_from: Input should be a valid dict",
+    ),
 }
+ELSEWHERE = {"path": "zarr.json", "size": 1, "sha256": "0" * 64}
 
 
-@pytest.mark.parametrize("change", MARKERS.values(), ids=MARKERS)
-def test_a_marker_that_lies_is_refused(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize(("kind", "change", "message"), MARKERS.values(), ids=MARKERS)
+def test_a_marker_that_lies_is_refused(tmp_path: Path, kind: str, change: Callable[[Any], Any], message: str) -> None:
+    there = tmp_path / "there"
+    push(example(tmp_path / "a.zarr"), str(there), quiet)
+    marker = next(marker for marker in read_markers(there) if marker.kind == kind)
+    rewrite(there, f"units/{marker.id}.json", change)
+    with pytest.raises(StoreError) as refused:
+        pull(str(there), tmp_path / "b.zarr", None, quiet)
+    assert message in str(refused.value)
+    assert not (tmp_path / "b.zarr").exists()
+
+
+def test_a_data_file_of_another_size_than_its_shape_is_refused(tmp_path: Path) -> None:
+    """Manifest and marker agree on it."""
     there = tmp_path / "there"
     push(example(tmp_path / "a.zarr"), str(there), quiet)
     marker = next(marker for marker in read_markers(there) if marker.kind == "latents")
-    rewrite(there, f"units/{marker.id}.json", change)
-    with pytest.raises(StoreError):
+    data = f"latents/{marker.id}/c/0/0/0/0/0"
+
+    def grown(listed: dict[str, Any]) -> dict[str, Any]:
+        return listed | {"files": [record | ({"size": 2**40} if record["path"] == data else {})
+                                   for record in listed["files"]]}  # fmt: skip
+
+    rewrite(there, f"units/{marker.id}.json", grown)
+    (there / MANIFEST).write_text(json.dumps(grown(json.loads((there / MANIFEST).read_text()))))
+    with pytest.raises(StoreError, match="which is not its shape's size"):
         pull(str(there), tmp_path / "b.zarr", None, quiet)
+    assert not (tmp_path / "b.zarr").exists()
+
+
+def test_a_swapped_json_file_is_refused_by_name(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    push(example(tmp_path / "a.zarr"), str(there), quiet)
+    path = there / "datasets" / "example.json"
+    path.write_bytes(path.read_bytes().replace(b"clip.mp4", b"evil.mp4"))
+    with pytest.raises(StoreError, match=r"datasets/example\.json is not the file that the manifest lists"):
+        pull(str(there), tmp_path / "b.zarr", None, quiet)
+    assert not (tmp_path / "b.zarr").exists()
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(example(tmp_path / "a.zarr"), str(tmp_path / "there"), quiet)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(StoreError, match="free space or choose another STORE"):
+        pull(str(tmp_path / "there"), tmp_path / "b.zarr", None, quiet)
     assert not (tmp_path / "b.zarr").exists()
 
 
@@ -251,14 +310,3 @@ def test_a_swapped_object_is_not_read_through(tmp_path: Path, monkeypatch: pytes
 
 def test_a_folder_is_its_own_local_store(tmp_path: Path) -> None:
     assert local_store(str(tmp_path)) == tmp_path
-
-
-def test_a_marker_comes_after_its_files(tmp_path: Path) -> None:
-    store, there = example(tmp_path / "a.zarr"), tmp_path / "there"
-    push(store, str(there), quiet)
-    shared = look(str(there))
-    marker = next(iter(shared.markers.values()))
-    record = next(record for record in marker.files if "/c/" in record.path)
-    fetch(shared.remote, record, tmp_path / "b.zarr", threading.Event())
-    assert (tmp_path / "b.zarr" / record.path).is_file()
-    assert not marker_path(tmp_path / "b.zarr", marker.id).exists()
