@@ -1,6 +1,7 @@
 """Every setting has a test of what it does, not of how it is parsed: a key that is in none of these fails here.
 
-A named test must exist, and its file must use the key. What a key means is said in shared/CONFIG.md.
+A named test must exist, and its file, or a helper of its room, must use the key. What a key means is said in
+shared/CONFIG.md.
 """
 
 import ast
@@ -55,7 +56,7 @@ sample_guidance_scale sample_negative_prompt
 train/test_export :: stock_diffusers_gives_our_output : lora_alpha lora_rank lora_targets
 train/test_export :: training_can_start_from_a_file_of_any_format : resume_from_adapter
 train/test_export :: a_fine_tune_is_a_diffusers_folder_or_one_file_with_original_names : output_model_format
-train/test_lean :: adapter_dropout_draws_the_same_numbers_as_peft : lora_dropout
+train/test_dropout :: no_way_of_computing_a_step_changes_what_is_dropped : lora_dropout
 train/test_merge :: what_is_stored_is_the_merged_weight : base_adapters
 train/test_memory :: auto_takes_the_first_placement_that_fits : gradient_checkpointing layer_offload_fraction
 train/test_memory :: flops_are_those_torch_counts_in_a_real_step : transformer.weight_dtype
@@ -107,5 +108,6 @@ def test_a_test_of_an_effect_is_there_and_uses_the_setting(file: str, name: str,
     text = (TESTS / f"{file}.py").read_text()
     functions = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
     assert f"test_{name}" in functions
-    room = "".join(path.read_text() for path in (TESTS / file).parent.glob("*.py"))  # settings may be in its helpers
-    assert [key for key in keys if not re.search(rf"\b{key.rpartition('.')[2]}\b", room)] == []
+    helpers = [path for path in (TESTS / file).parent.glob("*.py") if not path.name.startswith("test_")]
+    used = text + "".join(path.read_text() for path in helpers)
+    assert [key for key in keys if not re.search(rf"\b{key.rpartition('.')[2]}\b", used)] == []

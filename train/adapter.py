@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shared.config import Config
 from shared.errors import ConfigError, RunError
+from train.dropout import use_slot_dropout
 from train.flow import wide
 
 ADAPTER = "default"  # peft's name for the only adapter
@@ -32,6 +33,7 @@ def add_adapter(transformer: Any, config: Config, seed: int) -> dict[str, nn.Par
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, transformer, ADAPTER)
+    use_slot_dropout(transformer, ADAPTER)
     transformer.eval()  # dropout is switched on by those who want it
     trained = adapter_parameters(transformer)
     for parameter in trained.values():

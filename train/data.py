@@ -54,6 +54,7 @@ class Slots:
     frames: Frames
     prior_B: Tensor  # bool
     cond_BCthw: Tensor | None  # condition latents of i2v
+    dice: tuple[int, ...] = ()  # seeds of adapter dropout: of the step, then of each sample; empty without dropout
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor but the frames' own."""
@@ -165,6 +166,12 @@ def micro_batch_size(config: Config, bucket: Bucket) -> int:
     return max(1, round(config.batch_size * config.video_config.video_batch_size_multiplier))
 
 
+def adapter_dice(config: Config, step: int, part: list[int]) -> tuple[int, ...]:
+    """Seeds of adapter dropout of the step, and of some slots of its global batch."""
+    places = [0, *(slot + 1 for slot in part)] if config.lora_dropout else []
+    return tuple(int(random_of(config.seed, DROPOUT, step, place).integers(2**62)) for place in places)
+
+
 def slot_uniforms(config: Config, step: int, count: int) -> list[np.random.Generator]:
     """One generator per slot of a global batch."""
     return [random_of(config.seed, SLOT, step, slot) for slot in range(count)]
@@ -196,6 +203,7 @@ def load_step(
                 frames=pick_frames(config, step, latents[0].shape[1], clean),
                 prior_B=torch.tensor([draws[slot].sample.prior for slot in part]),
                 cond_BCthw=conditions(reader, [draws[slot].key for slot in part]),
+                dice=adapter_dice(config, step, part),
             )
         )
     return parts

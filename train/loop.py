@@ -12,7 +12,7 @@ from torch import Tensor
 from shared.config import Config
 from shared.store_copy import fetch_ahead
 from train.ahead import files_in_order
-from train.data import DROPOUT, Slots, random_of
+from train.data import Slots
 from train.feed import prefetch
 from train.flow import wider
 from train.learner import Learner
@@ -48,7 +48,7 @@ def train_phase(task: Task, phase: Phase) -> None:
         batch = next(batches)
         waited = time.perf_counter() - waiting
         rate = set_rate(learner.optimizer, config, task.done - phase.first, phase.steps)
-        loss = with_room(partial(accumulate, learner, batch, config, task.done), partial(make_room, task, learner))
+        loss = with_room(partial(accumulate, learner, batch, config), partial(make_room, task, learner))
         learner.sum_gradients(task.group)
         norm = learner.clip(config.max_grad_norm, task.group)
         numbers = torch.stack([task.agree(loss), norm]).tolist()
@@ -73,12 +73,10 @@ def make_room(task: Task, learner: Learner) -> bool:
     return True
 
 
-def accumulate(learner: Learner, batch: list[Slots], config: Config, step: int) -> Tensor:
+def accumulate(learner: Learner, batch: list[Slots], config: Config) -> Tensor:
     """Gradients of the mean loss over the batch, one micro-batch after the other; returns that loss."""
     losses = [torch.zeros((), dtype=wider(learner.model.dtype), device=learner.model.device)]
-    for number, slots in enumerate(batch):
-        if config.lora_dropout:
-            torch.manual_seed(int(random_of(config.seed, DROPOUT, step, number).integers(2**62)))
+    for slots in batch:
         loss = micro_loss(learner.model, learner.bank, slots, config)
         learner.backward(loss)
         losses.append(loss.detach())

@@ -11,6 +11,7 @@ from shared.config import Config
 from train.adapter import adapter_off
 from train.condition import neighbours, noisy_input, places_of, timesteps_of
 from train.data import Slots
+from train.dropout import seed_dropout
 from train.flow import difference_loss, flow_loss, velocity
 from train.lean import Places, Text
 from train.model import Model, TextBank, predict
@@ -19,6 +20,8 @@ from train.model import Model, TextBank, predict
 def micro_loss(model: Model, bank: TextBank, slots: Slots, config: Config) -> Tensor:
     """This micro-batch's part of the global batch's mean loss."""
     slots = slots.on(model.device)
+    if slots.dice:
+        seed_dropout(model.transformer, slots.dice, model.device)
     noisy = noisy_input(slots.latent_BCthw, slots.noise_BCthw, slots.sigma_B, slots.frames)
     timestep = timesteps_of(slots.sigma_B, slots.frames.clean_B)
     places = places_of(slots.frames, model.tokens_per_frame(noisy), model.device)
