@@ -5,9 +5,11 @@ Arguments: run folders, each with its plan.json; folder@4 goes on with a copy of
 
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -19,6 +21,7 @@ from train.group import ALONE, Group, join, leave
 from train.model import Model, load_model
 from train.run import Run
 from train.session import start
+from train.text_encoder import TextEncoder, load_encoder
 
 
 def load_double(*wanted: Any) -> Model:
@@ -27,9 +30,16 @@ def load_double(*wanted: Any) -> Model:
     return Model(model.transformer.double(), model.device, torch.float64, model.options)
 
 
+def load_double_encoder(*wanted: Any) -> TextEncoder:
+    """UMT5 in float64, but for the float32 inside its norms and softmax, which see one text at a time."""
+    encoder = load_encoder(*wanted)
+    return replace(encoder, stack=encoder.stack.double(), table_Vd=encoder.table_Vd.double(), dtype=torch.float64)
+
+
 def train_double(run: Run, group: Group = ALONE) -> None:
     """Train a run in float64."""
-    start(run, finished=False, group=group, loader=load_double)
+    with patch("train.method.load_encoder", load_double_encoder):
+        start(run, finished=False, group=group, loader=load_double)
 
 
 def plan_run(folder: Path, settings: Config, store: Path) -> Run:
