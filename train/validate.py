@@ -24,6 +24,12 @@ def quantiles(law: SigmaLaw, count: int) -> list[float]:
     return [float(value) for value in sigma_at(law, middles)]
 
 
+def names_of(sigmas: list[float]) -> list[str]:
+    """'t0875' for 0.875, with the quantile's number behind it where several round alike: each has a name of its own."""
+    names = [f"t{round(sigma * TIMESTEPS):04d}" for sigma in sigmas]
+    return [name if names.count(name) == 1 else f"{name}.{place:02d}" for place, name in enumerate(names)]
+
+
 def batches(samples: list[ListedSample], config: Config) -> Iterator[tuple[Bucket, list[tuple[int, ListedSample]]]]:
     """Numbered samples, each batch of one bucket and at most a micro-batch."""
     numbered = sorted(enumerate(samples), key=lambda pair: (pair[1].bucket, pair[0]))
@@ -36,13 +42,15 @@ def batches(samples: list[ListedSample], config: Config) -> Iterator[tuple[Bucke
 def validate(bank: TextBank, data: Dataset, law: SigmaLaw, config: Config) -> dict[str, float]:
     """Mean loss: overall ('loss'), per timestep ('t0875') and per bucket ('bucket 64x64x9')."""
     model, sums = bank.model, defaultdict[str, list[float]](list)
+    sigmas = quantiles(law, config.validation.timesteps)
+    places = list(zip(sigmas, names_of(sigmas), strict=True))
     training = model.transformer.training
     model.transformer.eval()
     for bucket, batch in batches(data.validation, config):
         latent = torch.from_numpy(np.stack([data.reader.latent(sample.keys[0]) for _, sample in batch])).float()
         cond = conditions(data.reader, [sample.keys[0] for _, sample in batch])
         text = bank.batch(sample.captions[0] for _, sample in batch)
-        for place, sigma in enumerate(quantiles(law, config.validation.timesteps)):
+        for place, (sigma, name) in enumerate(places):
             shape = latent.shape[1:]
             noise = np.stack(
                 [
@@ -51,8 +59,8 @@ def validate(bank: TextBank, data: Dataset, law: SigmaLaw, config: Config) -> di
                 ]
             )
             losses = loss_at(model, text, (latent, torch.from_numpy(noise), cond), sigma)
-            for name in ("loss", f"t{round(sigma * TIMESTEPS):04d}", f"bucket {bucket}"):
-                sums[name] += losses
+            for tag in ("loss", name, f"bucket {bucket}"):
+                sums[tag] += losses
     model.transformer.train(training)
     return {name: float(np.mean(values)) for name, values in sums.items()}
 

@@ -16,7 +16,7 @@ from train.model import TextBank, load_model
 from train.phases import sigma_law
 from train.session import start
 from train.stores import open_dataset
-from train.validate import quantiles, validate
+from train.validate import names_of, quantiles, validate
 
 Made = tuple[Path, ModelSpec, Path]
 CPU = torch.device("cpu")
@@ -58,6 +58,14 @@ def test_validation_is_the_stock_models_error_at_every_quantile_and_bucket(mixed
         mean = np.mean([loss for (of, _), loss in wanted.items() if of == bucket])
         assert ours[f"bucket {bucket}"] == pytest.approx(mean, rel=1e-4)
     assert ours["loss"] == pytest.approx(np.mean(by_place), rel=1e-4)
+
+
+def test_each_quantile_is_reported_under_a_name_of_its_own() -> None:
+    """With a large shift, 64 quantiles lie less than a timestep apart near 1."""
+    crowded = quantiles(SigmaLaw("UNIFORM", 50.0, 0.875, 1.0), 64)
+    names = names_of(crowded)
+    assert len({f"{1000 * sigma:.0f}" for sigma in crowded}) < len(set(names)) == 64
+    assert names_of([0.9991, 0.25, 0.9989]) == ["t0999.00", "t0250", "t0999.02"]
 
 
 def test_weights_that_do_not_move_give_the_very_same_numbers(mixed: Made, tmp_path: Path) -> None:
