@@ -28,6 +28,7 @@ def refuse_contradictions(config: Config, spec: ModelSpec) -> None:
 def refuse_method_mismatch(config: Config) -> None:
     """Settings that contradict the training method."""
     storage, compute = config.transformer.weight_dtype, config.train_dtype
+    wide = " or ".join(dict.fromkeys(("FLOAT_32", compute)))  # what trained weights are stored in
     form, kind = f"output_model_format={config.output_model_format}", f"peft_type={config.peft_type}"
     method, text = config.training_method, config.text_encoder
     whole, lora = method == "FINE_TUNE", method == "LORA"
@@ -36,7 +37,7 @@ def refuse_method_mismatch(config: Config) -> None:
     lora_form = config.output_model_format.endswith("_LORA")
     rounding = config.optimizer.rounding
     contradictions = {
-        f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use FLOAT_32 or {compute}":
+        f"transformer.weight_dtype={storage}: FINE_TUNE updates the weights; use {wide}":
             dit and storage not in (compute, "FLOAT_32"),
         "transformer.train=false: LORA is an adapter of the transformer, so nothing would be trained; leave it on":
             lora and not config.transformer.train,
@@ -49,8 +50,8 @@ def refuse_method_mismatch(config: Config) -> None:
             method == "EMBEDDING" and config.output_model_format != "SAFETENSORS",
         f"text_encoder.train: {method} leaves the text encoder as it is, and needs none in memory for stored text; use "
         "FINE_TUNE, or leave it off": text.train and not whole,
-        f"text_encoder.weight_dtype={text.weight_dtype}: text_encoder.train updates the weights; use FLOAT_32 or "
-        f"{compute}": text.train and text.weight_dtype not in (compute, "FLOAT_32"),
+        f"text_encoder.weight_dtype={text.weight_dtype}: text_encoder.train updates the weights; use "
+        f"{wide}": text.train and text.weight_dtype not in (compute, "FLOAT_32"),
         f"{form}: LORA gives an adapter; use COMFY_LORA, DIFFUSERS_LORA or KOHYA_LORA": lora and not lora_form,
         f"{form} cannot hold {kind}, of which diffusers reads nothing; use COMFY_LORA or KOHYA_LORA":
             lora and not plain and config.output_model_format == "DIFFUSERS_LORA",
