@@ -1,6 +1,7 @@
 """Encoding a work folder: what is stored, what is encoded again and why, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from encode.__main__ import encode
 from encode.pixels import read_samples
@@ -169,6 +171,24 @@ def test_a_changed_setting_makes_exactly_its_part_stale(
     )
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_are_used_in_the_precision_that_is_set(work: Path, model: Path, tmp_path: Path, part: str) -> None:
+    """Weights that were rounded to bfloat16 give the same rows where bfloat16 is set, and others in float32."""
+    copy = tmp_path / "rounded"
+    shutil.copytree(model, copy)
+    for path in (copy / part).glob("*.safetensors"):
+        save_file({name: weight.bfloat16().float() for name, weight in load_file(path).items()}, path, {"format": "pt"})
+
+    def rows(folder: Path, dtype: str) -> bytes:
+        reader = StoreReader([run(work, folder, f"{part}.weight_dtype={dtype}")])
+        sample = read_index(work).samples[0]
+        latent, text = reader.latent(sample.key), reader.text(caption_key(sample.captions[0])).embedding_Sd
+        return latent.tobytes() if part == "vae" else text.tobytes()
+
+    assert rows(copy, "BFLOAT_16") == rows(model, "BFLOAT_16")
+    assert rows(copy, "FLOAT_32") != rows(model, "FLOAT_32")
+
+
 def test_other_vae_weights_make_latents_stale_and_keep_texts(
     work: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,8 +266,6 @@ def test_sizes_the_model_cannot_take_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_give_nan_are_an_error_naming_the_clip(work: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     broken = nano_model(tmp_path / "broken")
     path = broken / "vae/diffusion_pytorch_model.safetensors"
     weights = load_file(path)
