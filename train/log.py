@@ -8,6 +8,7 @@ import os
 import resource
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,7 +48,7 @@ class RunLog:
         bar = [BarColumn(min(room, 40))] if room > 0 else []
         columns = (*bar, TextColumn("{task.fields[line]}"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("train", total=total, completed=done, line=f"{done}/{total}")
+        self.task = self.progress.add_task("train", total=total, completed=done, line=f"{done}/{total} loading")
         self.total, self.loss, self.said = total, float("nan"), 0.0
         self.clock = self.started = time.perf_counter()
         self.waited, self.first = 0.0, done
@@ -116,8 +117,7 @@ class RunLog:
     def show(self, row: dict[str, Any], samples: int, now: float) -> None:
         """Refresh the live line, or print a plain one now and then."""
         rate = (row["step"] - self.first) / (now - self.started)
-        minutes, seconds = divmod(round((self.total - row["step"]) / rate), 60)
-        eta = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        eta = hours((self.total - row["step"]) / rate)
         line = (
             f"{row['step']}/{self.total} ETA {eta} loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.3g} step/s "
             f"{rate * samples:.3g} samples/s wait {self.waited / (now - self.started):.0%} {peak_memory():.1f} GiB"
@@ -127,6 +127,29 @@ class RunLog:
         elif now - self.said > PLAIN_SECONDS or row["step"] == self.total:
             self.said = now
             self.say(f"step {line}")
+
+    def doing(self, text: str) -> None:
+        """What happens between two steps, in place of the numbers of the live line."""
+        if not self.progress.disable:
+            done = self.progress.tasks[self.task].completed
+            self.progress.update(self.task, line=f"{done:.0f}/{self.total} {text}")
+
+    def between(self, name: str, total: int) -> Callable[[float], None]:
+        """Show work between two steps; the function returned is told how many more of its `total` parts are done."""
+        start = said = time.perf_counter()
+        done = 0.0
+        self.doing(name)
+
+        def advance(count: float) -> None:
+            nonlocal done, said
+            done, now = done + count, time.perf_counter()
+            text = f"{name} {done:.0f}/{total} ETA {hours((now - start) / done * (total - done))}"
+            self.doing(text if done < total else "")
+            if self.progress.disable and now - said > PLAIN_SECONDS:
+                said = now
+                self.say(text)
+
+        return advance
 
     def resume_clock(self) -> None:
         """Leave out what happened since the last step (validation, previews) from the next step's time."""
@@ -170,12 +193,25 @@ class NoLog(RunLog):
     def step(self, row: dict[str, Any], samples: int, waited: float) -> None:
         """Nothing."""
 
+    def doing(self, text: str) -> None:
+        """Nothing."""
+
+    def between(self, name: str, total: int) -> Callable[[float], None]:
+        """Nothing."""
+        return lambda count: None
+
     def resume_clock(self) -> None:
         """Nothing."""
 
     def length(self) -> int:
         """Nothing."""
         return 0
+
+
+def hours(seconds: float) -> str:
+    """'1:02:03'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def peak_memory() -> float:

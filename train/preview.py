@@ -19,12 +19,14 @@ from train.model import TextBank, load_model, pick_device
 from train.phases import Phase
 from train.run import Run
 from train.sample import (
+    Advance,
     ensure_texts,
     read_latents,
     sample_range,
     scene_of,
     start_decode,
     start_of,
+    steps_of,
     write_latents,
 )
 
@@ -63,7 +65,7 @@ class Previews:
             self.log.say("previews: the base high-noise expert samples down to the boundary")
             model = load_model(self.run.spec, "high_noise", self.run.config, pick_device())
             bank = TextBank(model, self.reader)
-            state, _ = sample_range(bank, self.run.spec, self.scene, "high_noise", self.origin)
+            state, _ = sample_range(bank, self.run.spec, self.scene, "high_noise", self.origin, self.bar("high_noise"))
             self._write(handed, state)
 
     def take(self, bank: TextBank, phase: Phase, step: int) -> None:
@@ -75,7 +77,7 @@ class Previews:
         low = phase.expert == "low_noise"
         start = self.origin._replace(latent_BCthw=read_latents(handed)) if low else self.origin
         bank = TextBank(bank.model, self.reader, bank.embed, bank.trained)
-        state, clean = sample_range(bank, self.run.spec, self.scene, phase.expert, start)
+        state, clean = sample_range(bank, self.run.spec, self.scene, phase.expert, start, self.bar(phase.expert))
         if phase.expert == "high_noise":
             self._write(handed, state)
         path = self.folder / f"{name}{'' if phase.expert == 'single' else '_' + phase.expert}.safetensors"
@@ -86,6 +88,10 @@ class Previews:
         self.log.row(row)
         self.waiting.append(row)
         self.decode_next()
+
+    def bar(self, expert: str) -> Advance:
+        """Shows how many of the sampler's steps an expert has taken."""
+        return self.log.between("preview", len(self.scene.prompts) * len(steps_of(self.scene, self.run.spec, expert)))
 
     def _write(self, path: Path, latents: Tensor) -> None:
         if self.writes:

@@ -110,7 +110,9 @@ class Task:
     def validate(self, learner: Learner, phase: Phase, step: int) -> None:
         """Measure held-out samples, when there are any."""
         if self.data.validation:
+            self.log.doing("validation")
             losses = validate(learner.bank, self.data, phase.law, self.run.config)
+            self.log.doing("")
             self.log.row({"event": "validation", "step": step, "expert": phase.expert, **losses})
             self.log.say(f"step {step} {phase.expert} validation loss {losses['loss']:.4f}")
 

@@ -115,6 +115,22 @@ def test_off_a_terminal_lines_are_plain(watched: Watched) -> None:
     assert float(shown) == pytest.approx(average, abs=6e-5)
 
 
+def test_what_happens_between_steps_is_said_with_the_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.log.PLAIN_SECONDS", -1.0)
+    with RunLog(tmp_path, 3, 40) as log:
+        advance = log.between("preview", 8)
+        advance(2)
+        assert re.fullmatch(r"preview 2/8 ETA 0:00:00\n", capsys.readouterr().err)
+        log.progress.disable = False  # as on a terminal
+        advance(2)
+        assert log.progress.tasks[0].fields["line"] == "3/40 preview 4/8 ETA 0:00:00"
+        advance(4)
+        assert log.progress.tasks[0].fields["line"] == "3/40 "  # done: the next step's numbers come
+        log.progress.disable = True
+
+
 def test_previews_that_were_not_decoded_are_when_the_run_goes_on(watched: Watched) -> None:
     sheet = watched.run.folder / "samples" / "before" / "sheet.png"
     before = sheet.read_bytes()
@@ -148,7 +164,9 @@ def on_a_terminal(arguments: list[Any], until: bytes) -> tuple[str, int]:
     """`python -m ...` on a terminal of 100 columns, interrupted once it has said `until`: its output and exit code."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    own_size = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # xdist sets them
+    own_size = {
+        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
+    }  # xdist sets them
     process = subprocess.Popen([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdin=theirs, stdout=theirs,
                                stderr=theirs, start_new_session=True, env=own_size | {"TERM": "xterm"})  # fmt: skip
     os.close(theirs)
