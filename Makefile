@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 DEV := $(VENV)/ready-dev
-export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT IMAGE SHA256 ROWS OUT CARD
+export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT IMAGE SHA256 ROWS OUT CARD GPUS
 
 # --flag "$VALUE" for each variable that is set; values travel through the environment, so any character is safe
 flag = $(if $($(1)),--$(2) "$$$(1)")
@@ -30,7 +30,7 @@ help: ## this list
 	echo "  settings    PRESET=16gb  CONFIG=my.json  MODEL=t2v-a14b  SET=\"seed=3 batch_size=2\""
 	echo "  places      DATA=videos/  WORK=work  STORE=\$$WORK/latents.zarr  RUN=runs/name  OUT=  TO=  FROM=  REPO=  SHA256="
 	echo "  runs        RESUME=no  PROMPT=\"...\"  IMAGE=first_frame.png  FORMAT=COMFY_LORA|DIFFUSERS_LORA|KOHYA_LORA|..."
-	echo "  machine     TORCH=cpu|cuda|rocm  TORCH_INDEX=URL  PYTHON=python3.12  FFMPEG=path  CARD=GiB  SHARD=1/4  ROWS=names"
+	echo "  machine     TORCH=cpu|cuda|rocm  TORCH_INDEX=URL  PYTHON=python3.12  FFMPEG=path  CARD=GiB  GPUS=2  SHARD=1/4  ROWS=names"
 
 setup: $(READY) ## .venv with pinned packages (TORCH=cpu|cuda|rocm or TORCH_INDEX=URL; default: detected)
 
@@ -100,8 +100,8 @@ pull: $(READY) ## FROM=URL [SHA256=...]: fetch a store, verified and resumable
 train: $(READY) ## the store to an adapter; an unfinished run goes on (RESUME=no: a new one)
 	@$(PY) -m train $(store_flags) $(config_flags) $(run_flag) $(call flag,RESUME,resume)
 
-plan: $(READY) ## what PRESET and MODEL need: memory, FLOPs, steps, and whether it fits (CARD=GiB); no download
-	@$(PY) -m train plan $(store_flags) $(config_flags) $(call flag,CARD,card)
+plan: $(READY) ## what PRESET and MODEL need: memory, FLOPs, steps, and whether it fits (CARD=GiB, GPUS=number); no download
+	@$(PY) -m train plan $(store_flags) $(config_flags) $(call flag,CARD,card) $(call flag,GPUS,gpus)
 
 doctor: $(READY) ## GPU, memory, disk, ffmpeg, versions, model: ok, or how to mend it
 	@$(PY) -m train doctor --work "$$WORK" $(config_flags) $(call flag,FFMPEG,ffmpeg)

@@ -66,8 +66,6 @@ class Group(click.Group):
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted; the same command goes on from here", err=True)
             sys.exit(INTERRUPTED)
-        except click.exceptions.Exit as stop:
-            sys.exit(stop.exit_code)
 
 
 def work_option(command: Command) -> Command:

@@ -1,6 +1,7 @@
 """python -m train: latent store -> adapter. Sub-commands explain a config, sample from a run, export it again."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -121,20 +122,25 @@ def explain(work: Path, store: str | None, choice: Choice) -> None:
 @click.option(
     "--card", type=click.FloatRange(1), default=None, help="GiB of the card. [default: the one here, or the preset's]"
 )
+@click.option("--gpus", type=click.IntRange(1), default=None, help="Processes on this machine, one per GPU.")
 @config_options
-def plan(work: Path, store: str | None, card: float | None, choice: Choice) -> None:
+def plan(work: Path, store: str | None, card: float | None, gpus: int | None, choice: Choice) -> None:
     """Print what a config needs, what AUTO chooses, and whether it fits. Downloads nothing."""
+    if gpus is not None:  # as torchrun will say it
+        os.environ |= {"WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus)}
     from shared.resolve import resolve
+    from train.group import Group as Processes
     from train.plan import report
     from train.run import store_paths
     from train.session import open_data
+    from train.updates import processes
 
     resolved = resolve(choice, work / "config.json")
     stores = store_paths(store or None, work)
     steps, samples = resolved.config.max_steps, None
     if all(path.is_dir() for path in stores):
         try:
-            data, batches = open_data(resolved, stores, work)
+            data, batches = open_data(resolved, stores, work, Processes(world=processes()))
             steps, samples = batches.total_steps(), len(data.train)
         except StoreError:  # a plan needs no data; only the number of steps stays open
             click.echo(f"steps: unknown, {stores[0]} does not fit this model or preset")
@@ -154,7 +160,7 @@ def doctor(work: Path, ffmpeg: str | None, choice: Choice) -> None:
     findings = examine(resolved.config, resolved.spec, work, ffmpeg or None)
     click.echo("\n".join(map(str, findings)))
     if any(finding.state == "error" for finding in findings):
-        raise click.exceptions.Exit(2)
+        sys.exit(2)  # click would return its own Exit as a value
 
 
 @main.command()

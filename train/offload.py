@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.codes import Stored
 from train.lean import block_forward
-from train.memory import SLOTS, Placement
+from train.memory import Placement
 from train.quantize import QuantizedLinear, dtype_name, replace_module
+from train.states import SLOTS
 
 Result = TypeVar("Result")
 ALIGNMENT = 256  # bytes; what vectorised kernels and dtype views ask of an address

@@ -5,31 +5,33 @@ import time
 
 import torch
 
-from shared.bucket import Bucket
 from shared.config import BUILT_TRAIN, Config
 from shared.errors import ConfigError
 from shared.models import ModelSpec
 from shared.resolve import Choice, Resolved, refuse_unbuilt, resolve
+from train.contradictions import refuse_contradictions
+from train.fit import shortage, ways_said, with_setting
+from train.group import Group, refuse_undivided
 from train.memory import (
     GIB,
     SLACK,
     MemoryPlan,
     Placement,
+    Room,
     add_up,
+    available_ram,
     block_cost_of,
-    device_budget,
     largest_bucket,
+    placements,
     plan_memory,
     preview_bytes,
-    trained_bytes,
-    ways_to_fit,
+    room_of,
     weight_cost_of,
-    with_setting,
 )
 from train.quantize import TORCH_DTYPES
-from train.updates import is_blockwise, is_fused
+from train.states import SLOTS, trained_bytes
+from train.updates import is_blockwise, is_fused, processes
 
-CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GiB of cards that are sold
 EMBEDDING_CARD = 16  # GiB; the preset's name does not say it
 EFFICIENCY = 0.6  # share of the matrix product's rate that a whole step reaches (assumed)
 TEXT_BYTES = 8192 * 128  # float16 rows of a caption of 128 tokens
@@ -39,31 +41,40 @@ def report(resolved: Resolved, card: float | None, steps: int | None, samples: i
     """The table of one config, with a verdict. `card`: GiB, or None for the card that is there, or the preset's."""
     config, spec = resolved.config, resolved.spec
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    budget, source = budget_of(resolved.sources, card, device)
+    room, source = room_for(resolved.sources, card, device)
     bucket = largest_bucket(config, spec)
-    plan = plan_memory(config, spec, bucket, budget) if budget else smallest_card(config, spec, bucket)
-    rows = [(f"device: {name}", size) for name, size in plan.device.items()]
-    rows.append(
-        (f"device: slack of the allocator, {SLACK - 1:.0%}, and context", plan.need - sum(plan.device.values()))
-    )
-    rows.append(("device: previews (between steps, not added)", preview_bytes(config, spec, bucket)))
-    rows += [(f"RAM: {name}", size) for name, size in plan.host.items()]
+    plan = plan_memory(config, spec, bucket, room)
+    several = f", each of {processes()} processes" if processes() > 1 else ""
     return [
-        f"plan (predicted) for {spec.name}, {config.training_method}, {bucket}, one expert at a time",
-        *(f"  {name:58} {size / GIB:8.2f} GiB" for name, size in rows if size),
-        f"  {'device, all':58} {plan.need / GIB:8.2f} GiB",
-        f"  {'RAM, all (of it pinned: checkpoints and streamed blocks)':58} {plan.ram / GIB:8.2f} GiB",
+        f"plan (predicted) for {spec.name}, {config.training_method}, {bucket}, one expert at a time{several}",
+        *memory_lines(plan, preview_bytes(config, spec, bucket)),
         *sample_lines(spec, config, samples),
         *work_lines(plan, config, steps, device),
         *choice_lines(plan, config, spec),
-        *unbuilt(resolved),
+        *refusals(resolved),
         verdict(plan, config, spec, source),
     ]
 
 
+def memory_lines(plan: MemoryPlan, preview: int) -> list[str]:
+    """Bytes by purpose, on the device and in RAM, and their sums."""
+    rows = [(f"device: {name}", size) for name, size in plan.device.items()]
+    if plan.room.gpu:
+        slack = plan.need - sum(plan.device.values())
+        rows.append((f"device: slack of the allocator, {SLACK - 1:.0%}, and context", slack))
+    rows += [(f"RAM: {name}", size) for name, size in plan.host.items()]
+    rows.append((f"{'device' if plan.room.gpu else 'RAM'}: previews (between steps, not added)", preview))
+    if plan.room.gpu:
+        rows.append(("device, all", plan.need))
+    rows.append(("RAM, all", plan.ram))
+    if plan.pinned:
+        rows.append(("RAM, of it pinned", plan.pinned))
+    return [f"  {name:58} {size / GIB:8.2f} GiB" for name, size in rows if size]
+
+
 TABLE_HEAD = (
-    "| preset | model | clip | card | device | RAM | blocks streamed | computed again | TFLOP per step |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| preset | model | clip | card | device | RAM | pinned | blocks streamed | computed again | TFLOP per step |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 FULL_SIZE = ("8gb", "16gb", "24gb", "embedding", "24gb-finetune", "48gb", "cpu")
 
@@ -76,35 +87,38 @@ def table() -> list[str]:
         for model in ("ti2v-5b",) if tuned or preset == "cpu" else ("ti2v-5b", "t2v-a14b", "i2v-a14b"):
             resolved = resolve(Choice(preset, None, model))
             config, spec = resolved.config, resolved.spec
-            budget, _ = budget_of(resolved.sources, None, torch.device("cpu"))
+            card = card_of(resolved.sources)
             bucket = largest_bucket(config, spec)
-            plan = plan_memory(config, spec, bucket, budget) if budget else smallest_card(config, spec, bucket)
-            card = f"{budget // GIB} GiB" if budget else "CPU"
-            ram = f"{plan.ram / GIB:.1f}" if budget else "the same"
-            streamed, again = f"{plan.placement.streamed} of {plan.blocks}", str(plan.placement.recomputed)
-            flops = f"{plan.step_flops / 1e12:.0f}"
-            cells = [preset, model, str(bucket), card, f"{plan.need / GIB:.1f}", ram, streamed, again, flops]
+            plan = plan_memory(config, spec, bucket, Room(card * GIB) if card else Room(None, gpu=False))
+            on_card = (f"{card} GiB", f"{plan.need / GIB:.1f}") if card else ("none", "-")
+            ram = f"{plan.ram / GIB:.1f}", f"{plan.pinned / GIB:.1f}"
+            placed = f"{plan.placement.streamed} of {plan.blocks}", str(plan.placement.recomputed)
+            cells = [preset, model, str(bucket), *on_card, *ram, *placed, f"{plan.step_flops / 1e12:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def smallest_card(config: Config, spec: ModelSpec, bucket: Bucket) -> MemoryPlan:
-    """The plan for the smallest card that is enough."""
-    plans = (plan_memory(config, spec, bucket, size * GIB) for size in CARDS)
-    return next((plan for plan in plans if plan.fits), plan_memory(config, spec, bucket, CARDS[-1] * GIB))
+def room_for(sources: dict[str, str], card: float | None, device: torch.device) -> tuple[Room, str]:
+    """What there is, and its name: the user's card, the card that is here, the preset's card, or this computer's RAM.
 
-
-def budget_of(sources: dict[str, str], card: float | None, device: torch.device) -> tuple[int | None, str]:
-    """(bytes, where the number is from): the user, the card that is there, the preset's name, or nothing."""
+    RAM is judged where it will be used: beside the card that is here, or without any.
+    """
+    here = room_of(device)
     if card is not None:
-        return int(card * GIB), f"a card of {card:g} GiB"
-    if device.type == "cuda":
-        return device_budget(device), torch.cuda.get_device_name(device)
+        return Room(int(card * GIB), here.ram if here.gpu else None), f"a card of {card:g} GiB"
+    if here.gpu:
+        return here, torch.cuda.get_device_name(device)
+    if size := card_of(sources):
+        return Room(size * GIB), f"the {size} GiB card this preset is for"
+    return here, "this computer, on its CPU"
+
+
+def card_of(sources: dict[str, str]) -> int | None:
+    """GiB of the card that the preset is for; None: it is for none."""
     for source in sources.values():
         if named := re.match(r"preset (?:(\d+)gb|embedding)", source):
-            size = int(named[1] or EMBEDDING_CARD)
-            return size * GIB, f"the {size} GiB card this preset is for"
-    return None, ""
+            return int(named[1] or EMBEDDING_CARD)
+    return None
 
 
 def sample_lines(spec: ModelSpec, config: Config, samples: int | None) -> list[str]:
@@ -118,22 +132,26 @@ def sample_lines(spec: ModelSpec, config: Config, samples: int | None) -> list[s
 
 
 def work_lines(plan: MemoryPlan, config: Config, steps: int | None, device: torch.device) -> list[str]:
-    """Tokens, FLOPs, steps, and time where a card can be measured."""
+    """Tokens, FLOPs, steps, and time where the device that will train is here to be measured."""
     lines = [f"  work: {plan.tokens // plan.micro_batch} tokens per sample, micro-batch {plan.micro_batch}, "
-             f"{plan.step_flops / 1e12:.1f} TFLOP per step"]  # fmt: skip
+             f"{tera(plan.step_flops)} TFLOP per step"]  # fmt: skip
     lines.append(f"  steps: {steps}" if steps else "  steps: known after make encode, or with max_steps")
-    if device.type == "cuda" and steps:
-        seconds = plan.step_flops / (matmul_rate(device, config) * EFFICIENCY)
-        lines.append(
-            f"  time: {seconds:.2f} s per step, {seconds * steps / 3600:.1f} h (predicted from this card's matmul)"
-        )
-    elif steps:
-        lines.append("  time: no CUDA card here to measure; FLOPs per step / (0.6 x the card's rate) is the estimate")
-    return lines
+    if plan.room.gpu != (device.type == "cuda"):
+        return [*lines, f"  time: no card here to measure; TFLOP per step / ({EFFICIENCY} x the card's rate) is the "
+                "estimate"]  # fmt: skip
+    seconds = plan.step_flops / (matmul_rate(device, config) * EFFICIENCY)
+    total = f", {seconds * steps / 3600:.2g} h in all" if steps else ""
+    return [*lines, f"  time: {seconds:.2g} s per step{total} (predicted from the rate of a matrix product here)"]
 
 
-def matmul_rate(device: torch.device, config: Config, size: int = 4096, seconds: float = 0.5) -> float:
+def tera(flops: int) -> str:
+    """Two digits at least."""
+    return f"{flops / 1e12:.2g}" if flops < 1e13 else f"{flops / 1e12:.0f}"
+
+
+def matmul_rate(device: torch.device, config: Config, seconds: float = 0.5) -> float:
     """FLOP/s of a square matrix product in train_dtype."""
+    size = 4096 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device).to(TORCH_DTYPES[config.train_dtype])
     float((matrix @ matrix)[0, 0])  # reading a value waits for the card
     start, count = time.perf_counter(), 0
@@ -144,22 +162,31 @@ def matmul_rate(device: torch.device, config: Config, size: int = 4096, seconds:
 
 
 def choice_lines(plan: MemoryPlan, config: Config, spec: ModelSpec) -> list[str]:
-    """What was chosen, and what the fastest and the smallest choice would need."""
+    """What was chosen; the choices next to it, and the fastest and the smallest, each with what it takes."""
     placed, blocks = plan.placement, plan.blocks
-    fast, small = Placement(0, 0), Placement(blocks, blocks)
+    bucket = largest_bucket(config, spec)
+    costs = weight_cost_of(spec, config), block_cost_of(spec, config, bucket)
+    free = config.model_copy(update={"layer_offload_fraction": "AUTO"})
+    every = [place for place in placements(free, blocks) if plan.room.gpu or not place.streamed]
 
-    def need(placement: Placement) -> str:
-        bucket = largest_bucket(config, spec)
-        costs = weight_cost_of(spec, config), block_cost_of(spec, config, bucket)
-        return f"{add_up(config, spec, costs, (bucket, placement), None).need / GIB:.1f} GiB"
+    def cost(place: Placement) -> str:
+        there = add_up(config, spec, costs, (bucket, place), plan.room)
+        copied = 2 * max(place.streamed - SLOTS, 0) * costs[0].block_matrices * config.batch_size // plan.micro_batch
+        return (f"{place.streamed} streamed, {place.recomputed} computed again: "
+                f"{(there.need if plan.room.gpu else there.ram) / GIB:.1f} GiB, {tera(there.step_flops)} TFLOP"
+                + (f" and {copied / GIB:.1f} GiB of weights copied per step" if copied else " per step"))  # fmt: skip
 
     chosen = "AUTO chose" if config.layer_offload_fraction == "AUTO" else "asked for:"
     lines = [f"  {chosen} {placed.streamed} of {blocks} blocks streamed from RAM (layer_offload_fraction "
              f"{placed.streamed / blocks:.2f}), {placed.recomputed} computed again in the backward"]  # fmt: skip
-    if placed != fast:
-        lines.append(f"  faster: all blocks kept, none computed again, needs {need(fast)}")
-    if placed != small and (not config.trains_dit or is_blockwise(config)):
-        lines.append(f"  smaller: all blocks streamed and computed again needs {need(small)}")
+    if placed in every:
+        number = every.index(placed)
+        near = {"next faster": number - 1, "fastest": 0, "next smaller": number + 1, "smallest": len(every) - 1}
+        seen = {number}
+        for name, index in near.items():
+            if 0 <= index < len(every) and index not in seen:
+                seen.add(index)
+                lines.append(f"  {name + ':':13} {cost(every[index])}")
     return lines + update_lines(plan, config, spec)
 
 
@@ -177,23 +204,26 @@ def update_lines(plan: MemoryPlan, config: Config, spec: ModelSpec) -> list[str]
             f"all of the batch at once) gradients take {(ours - theirs) / GIB:.1f} GiB less"]  # fmt: skip
 
 
-def unbuilt(resolved: Resolved) -> list[str]:
-    """A line when training would refuse the config for now."""
+def refusals(resolved: Resolved) -> list[str]:
+    """A line when training would refuse the config for another reason than memory."""
     try:
         refuse_unbuilt(resolved.config, resolved.sources, BUILT_TRAIN)
+        refuse_contradictions(resolved.config, resolved.spec)
+        refuse_undivided(resolved.config, Group(world=processes()))
     except ConfigError as error:
-        return [f"  note: {error}"]
+        return [f"  note: make train refuses this: {error}"]
     return []
 
 
 def verdict(plan: MemoryPlan, config: Config, spec: ModelSpec, source: str) -> str:
     """The last line."""
-    if plan.budget is None:
-        fitting = next((size for size in CARDS if plan.need <= size * GIB), None)
-        return (
-            f"verdict: needs a card of {fitting} GiB" if fitting else "verdict: larger than any single card of 80 GiB"
-        )
-    if plan.fits:
-        return f"verdict: fits {source}, {(plan.budget - plan.need) / GIB:.1f} GiB are left"
-    ways = " or ".join(f'SET="{way}"' for way in ways_to_fit(config, spec, plan.budget)) or "a smaller model only"
-    return f"verdict: does not fit {source or f'a card of {CARDS[-1]} GiB'}; it would with {ways}"
+    if short := shortage(plan):
+        return f"verdict: does not fit {source}: it needs {short}; it fits with {ways_said(config, spec, plan.room)}"
+    if not plan.room.gpu:
+        left = "" if plan.room.ram is None else f", {(plan.room.ram - plan.ram) / GIB:.1f} GiB of RAM are left"
+        return f"verdict: fits {source}{left} (for a GPU, name its GiB: CARD=16)"
+    assert plan.room.device is not None
+    ram = f"{plan.ram / GIB:.1f} GiB of RAM are needed beside it"
+    if plan.room.ram is None and plan.ram > (here := available_ram()):
+        ram += f" (this computer has {here / GIB:.1f} GiB free now)"
+    return f"verdict: fits {source}, {(plan.room.device - plan.need) / GIB:.1f} GiB are left; {ram}"

@@ -20,11 +20,12 @@ from train.attention import choose
 from train.contradictions import refuse_method_mismatch
 from train.data import Plan
 from train.explain import derived, plan_lines
+from train.fit import measured_peaks, out_of_memory, refuse_if_too_large
 from train.group import ALONE, Group, refuse_undivided
 from train.learner import Loader
 from train.log import NoLog, RunLog
 from train.loop import train
-from train.memory import measured_peaks, out_of_memory, plan_for_device, refuse_if_too_large
+from train.memory import plan_for_device
 from train.method import make_trained
 from train.model import TextBank, load_model, pick_device, refuse_mismatch
 from train.phases import make_phases
@@ -64,7 +65,7 @@ def start(run: Run, finished: bool, group: Group = ALONE, loader: Loader = load_
         return
     attention = choose(run.config, pick_device())
     memory = plan_for_device(run.config, run.spec, pick_device())
-    refuse_if_too_large(memory, run.config, run.spec, stream=pick_device().type != "cpu")
+    refuse_if_too_large(memory, run.config, run.spec)
     torch.use_deterministic_algorithms(run.config.deterministic)
     remarks = group.agree(lambda: start_folder(run, data.fingerprint))
     state, more = restore(run, data, group)
@@ -78,7 +79,7 @@ def start(run: Run, finished: bool, group: Group = ALONE, loader: Loader = load_
         try:
             train(Task(run, data, plan, log, state, group, loader))
         except torch.OutOfMemoryError:
-            raise out_of_memory(memory, run.config, run.spec, pick_device()) from None
+            raise out_of_memory(memory, run.config, run.spec, checkpoint.latest(run.folder)) from None
         finally:
             if group.first:
                 write_json(run.folder / "memory.json", measured_peaks(memory, pick_device()))

@@ -29,7 +29,7 @@ from train.blockwise import Blockwise, make_updates
 from train.dryrun import TEXT_ROWS, empty_transformer
 from train.flow import TIMESTEPS
 from train.lean import LeanOptions, Text
-from train.memory import CONTEXT, GIB, MemoryPlan, largest_bucket, plan_memory
+from train.memory import CONTEXT, GIB, MemoryPlan, Room, largest_bucket, plan_memory
 from train.model import Model, predict
 from train.offload import place
 from train.optim import clip
@@ -174,7 +174,7 @@ def measure_row(row: str) -> GpuRow:
     cap, bucket = card * GIB, largest_bucket(config, spec)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - CONTEXT) / total))
-    plan = plan_memory(config, spec, bucket, cap)
+    plan = plan_memory(config, spec, bucket, Room(cap))
     took = train_steps(spec, config, plan, device, STEPS)
     step = median_of_last(took["seconds"])
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -182,7 +182,7 @@ def measure_row(row: str) -> GpuRow:
     torch.cuda.set_per_process_memory_fraction(1.0)
     lost = None
     if plan.placement.streamed:
-        kept = plan_memory(config.model_copy(update={"layer_offload_fraction": 0.0}), spec, bucket, total)
+        kept = plan_memory(config.model_copy(update={"layer_offload_fraction": 0.0}), spec, bucket, Room(total))
         if kept.fits:
             lost = 1 - median_of_last(train_steps(spec, config, kept, device, STEPS)["seconds"]) / step
     return GpuRow(

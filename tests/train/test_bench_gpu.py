@@ -9,7 +9,7 @@ import torch
 from shared.config import Config
 from shared.models import WAN21_VAE, ModelSpec
 from tests.bench.bench_gpu import ROWS, train_steps
-from train.memory import Placement, add_up, block_cost_of, largest_bucket, weight_cost_of
+from train.memory import Placement, Room, add_up, block_cost_of, largest_bucket, weight_cost_of
 
 SMALL = ModelSpec("small", "small", WAN21_VAE, fps=16, heads=4, head_dim=32, ffn_dim=320, num_layers=4, in_channels=36,
                   text_dim=64)  # fmt: skip
@@ -30,7 +30,7 @@ def test_random_models_of_each_method_take_finite_steps(method: str, dtype: str,
                     lora_rank=4, batch_size=2, gradient_checkpointing="CPU_OFFLOADED")  # fmt: skip
     bucket = largest_bucket(config, SMALL)
     costs = weight_cost_of(SMALL, config), block_cost_of(SMALL, config, bucket)
-    plan = add_up(config, SMALL, costs, (bucket, Placement(streamed, 4)), None)
+    plan = add_up(config, SMALL, costs, (bucket, Placement(streamed, 4)), Room(None))
     took = train_steps(SMALL, config, plan, torch.device("cpu"), steps=2)
     assert len(took["seconds"]) == 2
     assert (took["pinned"] > 0) == (streamed > 0)

@@ -14,29 +14,28 @@ from shared.models import SPECS, WAN21_VAE, ModelSpec
 from shared.resolve import Choice, resolve
 from train.blockwise import held_states
 from train.dryrun import CPU_ATTENTION, Alive, block_cost, block_inputs, empty_transformer, weight_cost
+from train.fit import refuse_if_too_large, ways_to_fit, with_setting
 from train.lean import LeanOptions, Text, lean_forward
 from train.load import dit_config
 from train.memory import (
     GIB,
     Placement,
+    Room,
     add_up,
     block_cost_of,
     largest_bucket,
     placements,
     plan_memory,
-    refuse_if_too_large,
-    trained_bytes,
-    update_bytes,
-    ways_to_fit,
     weight_cost_of,
-    with_setting,
 )
 from train.optim import make_optimizer
 from train.plan import report, table
+from train.states import trained_bytes, update_bytes
 
 SMALL = ModelSpec("small", "small", WAN21_VAE, fps=16, heads=4, head_dim=32, ffn_dim=320, num_layers=4, in_channels=16,
                   text_dim=64)  # fmt: skip
 BUCKET = Bucket(9, 96, 128)  # 144 tokens of the small model
+ANY = Room(None)
 
 
 def config(**values: object) -> Config:
@@ -114,7 +113,7 @@ def test_bytes_of_a_real_step_are_within_ten_percent(dtype: str, recomputed: int
         velocity = lean_forward(transformer, latent, torch.tensor([500.0, 20.0]), rows, options=options)
         velocity.square().mean().backward()
     costs = weight_cost_of(SMALL, cfg), block_cost(SMALL, cfg, BUCKET, 2)
-    plan = add_up(with_setting(cfg, "batch_size", 2), SMALL, costs, (BUCKET, Placement(0, recomputed)), None)
+    plan = add_up(with_setting(cfg, "batch_size", 2), SMALL, costs, (BUCKET, Placement(0, recomputed)), ANY)
     predicted = sum(plan.device[row] for row in ("activations", "workspace of a block", "latents of a batch"))
     assert predicted == pytest.approx(alive.peak, rel=0.10)
 
@@ -122,12 +121,12 @@ def test_bytes_of_a_real_step_are_within_ten_percent(dtype: str, recomputed: int
 def test_auto_takes_the_first_placement_that_fits() -> None:
     cfg, bucket = config(layer_offload_fraction="AUTO", gradient_checkpointing="DEFAULT"), BUCKET
     costs = weight_cost_of(SMALL, cfg), block_cost_of(SMALL, cfg, bucket)
-    needs = [add_up(cfg, SMALL, costs, (bucket, placement), None).need for placement in placements(cfg, 4)]
+    needs = [add_up(cfg, SMALL, costs, (bucket, placement), ANY).need for placement in placements(cfg, 4)]
     assert [Placement(0, 0), Placement(0, 4), Placement(1, 4), Placement(4, 4)] == [
         placement for number, placement in enumerate(placements(cfg, 4)) if number in (0, 4, 5, 8)
     ]
     for budget in (needs[0], needs[3], needs[3] - 1):
-        plan = plan_memory(cfg, SMALL, bucket, budget)
+        plan = plan_memory(cfg, SMALL, bucket, Room(budget))
         assert plan.need <= budget
         assert plan.placement == next(p for p, need in zip(placements(cfg, 4), needs, strict=True) if need <= budget)
 
@@ -146,7 +145,7 @@ RAM_LIMITS = {"8gb": 16, "16gb": 32, "24gb": 32, "embedding": 32}
 def test_presets_fit_their_card_and_ram(preset: str, model: str) -> None:
     cfg = resolve(Choice(preset, None, model)).config
     card = int(preset.removesuffix("gb")) if preset.endswith("gb") else 16
-    plan = plan_memory(cfg, SPECS[model], largest_bucket(cfg, SPECS[model]), card * GIB)
+    plan = plan_memory(cfg, SPECS[model], largest_bucket(cfg, SPECS[model]), Room(card * GIB))
     assert plan.fits
     assert plan.ram <= RAM_LIMITS[preset] * GIB
 
@@ -154,20 +153,20 @@ def test_presets_fit_their_card_and_ram(preset: str, model: str) -> None:
 @pytest.mark.parametrize("card", [16, 24])
 def test_81_frames_at_512_of_an_a14b_expert_are_predicted_to_fit(card: int) -> None:
     cfg = resolve(Choice("16gb", None, "t2v-a14b", "frames=81 resolution=512x512 batch_size=1")).config
-    assert plan_memory(cfg, SPECS["t2v-a14b"], Bucket(81, 512, 512), card * GIB).fits
+    assert plan_memory(cfg, SPECS["t2v-a14b"], Bucket(81, 512, 512), Room(card * GIB)).fits
 
 
 def test_a_run_that_does_not_fit_is_refused_with_changes_that_do() -> None:
     spec = SPECS["t2v-a14b"]
     cfg = resolve(Choice("16gb", None, "t2v-a14b", "layer_offload_fraction=0")).config
-    plan = plan_memory(cfg, spec, largest_bucket(cfg, spec), 16 * GIB)
+    plan = plan_memory(cfg, spec, largest_bucket(cfg, spec), Room(16 * GIB))
     with pytest.raises(RunError, match=r"needs \d+\.\d GiB, the device has 16\.0 GiB; it fits with SET="):
         refuse_if_too_large(plan, cfg, spec)
-    ways = ways_to_fit(cfg, spec, 16 * GIB)
+    ways = ways_to_fit(cfg, spec, Room(16 * GIB))
     assert len(ways) == 2
     for way in ways:
         changed = resolve(Choice("16gb", None, "t2v-a14b", f"layer_offload_fraction=0 {way}")).config
-        assert plan_memory(changed, spec, largest_bucket(changed, spec), 16 * GIB).fits
+        assert plan_memory(changed, spec, largest_bucket(changed, spec), Room(16 * GIB)).fits
 
 
 def test_the_report_ends_in_a_verdict_and_downloads_nothing() -> None:
@@ -190,7 +189,7 @@ def test_the_readmes_table_is_what_the_plan_says() -> None:
 )
 def test_a_full_fine_tune_of_the_5b_model_is_predicted_to_fit(optimizer: str, card: int) -> None:
     resolved = resolve(Choice("24gb-finetune", None, None, f"batch_size=1 optimizer.name={optimizer}"))
-    plan = plan_memory(resolved.config, resolved.spec, largest_bucket(resolved.config, resolved.spec), card * GIB)
+    plan = plan_memory(resolved.config, resolved.spec, largest_bucket(resolved.config, resolved.spec), Room(card * GIB))
     assert plan.fits
     assert plan.ram < 32 * GIB
     assert (plan.placement.streamed > 0) == (optimizer == "ADAMW_8BIT" and card == 16)

@@ -65,9 +65,8 @@ def test_every_preset_trains_or_is_refused_as_not_built(single: Made, tmp_path: 
     losses = [row["loss"] for row in events(run) if row["event"] == "step"]
     assert len(losses) == 2
     assert all(0 < loss < 100 for loss in losses)
-    peaks = read_json(run.folder / "memory.json")
-    assert peaks["predicted"]["device_need"] > 0
-    assert peaks["measured"]["process"] > sum(peaks["predicted"]["device"].values())
+    peak = read_json(run.folder / "memory.json")["RAM of the process"]
+    assert peak["predicted"] > 0.1 and peak["measured"] > 0.1
 
 
 @pytest.mark.parametrize("preset", ["8gb", "16gb", "24gb-finetune"])

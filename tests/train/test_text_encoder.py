@@ -20,7 +20,7 @@ from shared.store_read import StoreReader, Text
 from tests.train.make import add_text_encoder, config, listed, make_model, make_run, make_store, trained
 from train.dryrun import text_cost
 from train.embedding import InputConcept, OutputConcept, first_rows
-from train.memory import plan_memory
+from train.memory import Room, plan_memory
 from train.model import TextBank, load_model, refuse_mismatch
 from train.sample import Start, first_noise, sample_range, scene_of
 from train.session import export_run, sample_latents, start
@@ -164,6 +164,6 @@ def test_the_plan_counts_the_encoder_that_is_loaded(made: Made, changes: dict[st
 
 
 def test_the_plan_of_a_run_with_the_encoder_needs_more(made: Made) -> None:
-    plans = [plan_memory(config(made[0], **INPUT | {"embedding": {"kind": kind}}), made[1], Bucket(9, 32, 32), None)
-             for kind in ("OUTPUT", "INPUT")]  # fmt: skip
+    configs = [config(made[0], **INPUT | {"embedding": {"kind": kind}}) for kind in ("OUTPUT", "INPUT")]
+    plans = [plan_memory(each, made[1], Bucket(9, 32, 32), Room(None)) for each in configs]
     assert plans[1].need > plans[0].need and plans[1].ram > plans[0].ram and plans[1].step_flops > plans[0].step_flops
