@@ -47,5 +47,6 @@ def test_batches_and_steps_are_those_of_the_run(mixed: Made, tmp_path: Path, bat
         batch = int(re.findall(r"batches of (\d+)", line)[0])
         last = int((re.findall(r"the last of (\d+)", line) or [batch])[0])
         at_once = int((re.findall(r"computed (\d+) at a time", line) or [batch])[0])
-        assert sum(len(part.captions) for part in parts) in (batch, last)
-        assert max(len(part.captions) for part in parts) <= at_once
+        drawn = sum(len(part.captions) for part in parts)
+        assert drawn in (batch, last)
+        assert max(len(part.captions) for part in parts) == min(at_once, drawn)
