@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ingest.__main__ import bundled_ffmpeg
-from ingest.crop import STEPS, busiest, is_choice, middle, strips_of
+from ingest.crop import STEPS, busiest, cover, is_choice, middle, strips_of
 from ingest.cut import Window
 from ingest.decide import Source, decide
 from ingest.discover import Found
@@ -18,6 +18,7 @@ from ingest.ledger import Learned, Ledger, read_ledger, write_ledger
 from ingest.plan import Planner
 from ingest.probe import Unlucky, probe
 from ingest.runner import Runner, Stopped
+from shared.bucket import Bucket
 from shared.geometry import geometry
 from shared.resolve import Choice, resolve
 from tests.ingest.make import BT709, SMALL, Frames, moving_square, pixels_of, run_ffmpeg, run_ingest, write_video
@@ -65,10 +66,10 @@ def test_the_middle_of_the_side_would_have_lost_it(tmp_path: Path) -> None:
 
 
 def test_motion_counts_more_than_still_edges(tmp_path: Path) -> None:
-    """A still, equally striped thing on the left; the one that moves is on the right."""
+    """A still thing on the left, as bright and striped, and wider; the one that moves is on the right."""
     frames = scene(160)
-    frames[:, 20:44, 4:28, 2] = 230
-    frames[:, 20:44:4, 4:28, 2] //= 2
+    frames[:, 20:44, 4:30] = 84
+    frames[:, 20:44:4, 4:30] //= 2
     assert redness(cropped(tmp_path, frames)) > 0.95 * redness(scene(160))
 
 
@@ -143,14 +144,16 @@ def test_each_window_follows_the_thing_and_its_variants_agree(tmp_path: Path) ->
         assert redness(pixels_of(index, tmp_path / "work", sample.key)) > 0.95 * redness(frames)
 
 
-def test_black_bars_are_cut_away_first(tmp_path: Path) -> None:
-    bars = np.pad(scene(160), ((0, 0), (24, 24), (0, 0), (0, 0)))
-    write_video(tmp_path / "data" / "a_wall.mp4", bars)
+@pytest.mark.parametrize("bars", [(24, 0), (0, 48)], ids=["above", "beside"])
+def test_black_bars_are_cut_away_first(tmp_path: Path, bars: tuple[int, int]) -> None:
+    high, wide = ((width, width) for width in bars)
+    frames = np.pad(scene(160), ((0, 0), high, wide, (0, 0)))
+    write_video(tmp_path / "data" / "a_wall.mp4", frames)
     settings = f"{FREE} resolution=64x64 crop=smart"
     index = run_ingest(tmp_path / "data", tmp_path / "work", settings)
     frames = pixels_of(index, tmp_path / "work", index.samples[0].key)
     assert redness(frames) > 0.9 * redness(scene(160))
-    assert frames[:, [0, -1]].mean() > 40
+    assert frames[:, [0, -1]].mean() > 40 and frames[:, :, [0, -1]].mean() > 40
 
 
 def test_it_is_looked_for_once_and_found_alike_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +212,23 @@ def test_the_place_mirrors_with_the_picture_and_beats_the_middle(seed: int) -> N
     assert 0 <= left <= side - kept
     inside = strips_energy(strips, left, kept, side)
     assert inside >= strips_energy(strips, middle(side, kept), kept, side) - 255 * 64 / side
+
+
+def test_of_places_that_are_as_good_the_middle_one_is_taken() -> None:
+    """A thing in pixels 240 to 255 of 320 is in every window of 160 that begins at 96 to 160: steps 100 to 160."""
+    strips = bytes(255 * (48 <= strip < 51) for strip in range(64))
+    assert busiest(320, 160, strips, WHOLE) == 130
+    assert busiest(320, 160, strips[::-1], WHOLE) == 30
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_cover_is_the_least_even_size_that_keeps_the_aspect(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    display = draw.uniform(100, 4000), draw.uniform(100, 4000)
+    bucket = Bucket(9, *(16 * int(side) for side in draw.integers(4, 80, 2)))
+    size, factor = cover(display, bucket), max(bucket.width / display[0], bucket.height / display[1])
+    assert size[0] >= bucket.width and size[1] >= bucket.height
+    assert all(not side % 2 and 0 <= side - factor * length < 2 for side, length in zip(size, display, strict=True))
 
 
 def strips_energy(strips: bytes, left: int, kept: int, side: int) -> float:

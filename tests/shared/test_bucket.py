@@ -1,6 +1,7 @@
 """Buckets: the 4n+1 rule, the grid, and the nearest aspect ratio."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -39,6 +40,14 @@ def test_the_bucket_is_the_nearest_in_log_aspect() -> None:
         chosen = nearest_size(height, width, 512, 32)
         miss = abs(math.log(chosen[1] / chosen[0] * height / width))
         assert all(miss <= abs(math.log(w / h * height / width)) + 1e-9 for h, w in aspect_sizes(512, 32))
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_between_two_aspects_the_border_is_their_geometric_mean(side: int) -> None:
+    for low, high in pairwise(sorted({width / height for height, width in aspect_sizes(side, 32)})):
+        for wanted, display in ((low, math.sqrt(low * high) * 0.9999), (high, math.sqrt(low * high) * 1.0001)):
+            height, width = nearest_size(1000, 1000 * display, side, 32)
+            assert width / height == wanted
 
 
 def test_an_exact_resolution_is_taken_as_it_is() -> None:

@@ -1,5 +1,6 @@
 """Files are whole or absent; keys come from content."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,3 +54,20 @@ def test_a_fingerprint_follows_values_and_names_not_order() -> None:
         caption_key("a"),
     ]
     assert len(set(seen)) == len(seen)
+
+
+def test_a_captions_key_is_the_hash_of_its_exact_text() -> None:
+    """Pinned, because stores are shared: machines of all versions look a caption up by it."""
+    assert caption_key("a red ball") == "bc71b7628c550d296461bc10f0ecc1f0"
+    spaced = ["a red ball", " a red ball", "a red ball ", "a  red ball", "A red ball", "a red ball\n", ""]
+    assert len({caption_key(text) for text in spaced}) == len(spaced)
+
+
+def test_bytes_are_on_disk_before_their_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[bool] = []
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (named.append((tmp_path / "a").exists()), flush(file)))
+    write_json(tmp_path / "a", 1)
+    assert named == [False, True]  # the file's, then the folder's
