@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from shared.config import Config
 from shared.errors import ConfigError, RunError, StoreError
+from shared.files import write_json
 from shared.models import SPECS, ModelSpec, spec_of_folder
-from shared.resolve import Choice, to_json
+from shared.resolve import Choice, parse_set, to_json
 from shared.shards import Index, write_index
 from shared.store import read_datasets, write_dataset
 from tests.train.make import config, events, listed, make_all, make_model, make_run, make_store, trained
@@ -76,6 +77,18 @@ def test_changes_are_named_and_those_that_break_a_run_refused(single: Made, tmp_
     assert changed_keys(before, after) == ["caption_prefix", "prior.folders", "prior.ratio"]
 
 
+def test_what_ingest_alone_obeys_is_refused_when_it_comes_too_late(single: Made, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", to_json(config(single[0], caption_prefix="a zorb, ")))
+    write_json(tmp_path / "my.json", {"validation": {"fraction": 0.2}})
+    place = tmp_path, str(single[2]), tmp_path / "run", None
+    for late in (Choice(set="caption_prefix=sks"), Choice(set="gates.black=3"), Choice(config=tmp_path / "my.json")):
+        with pytest.raises(ConfigError, match=r"ingest alone obeys it.*make encode"):
+            choose_run(late, *place)
+    same = Choice(set='caption_prefix="a zorb, " learning_rate=0.5')
+    assert choose_run(same, *place).config.learning_rate == 0.5
+    assert choose_run(Choice(preset="demo"), *place).config.caption_prefix == ""  # a preset asks for nothing by itself
+
+
 def test_a_finished_run_trains_on_when_asked_for_more_steps(single: Made, tmp_path: Path, capsys: Any) -> None:
     short = make_run(tmp_path / "run", config(single[0], max_steps=4, lr_scheduler="CONSTANT"), single[2])
     start(short, finished=False)
@@ -102,8 +115,10 @@ def test_stores_that_cannot_be_trained_are_refused_by_name(single: Made, tmp_pat
     other = spec_of_folder(make_model(tmp_path / "other", text_dim=24))
     with pytest.raises(StoreError, match=r"width 24.*holds 16"):
         open_dataset([store], tmp_path, settings, other)
-    with pytest.raises(StoreError, match=r"32x32x9.*resolution=64x64 frames=5.*make ingest"):
+    with pytest.raises(StoreError, match=r"32x32x9.*resolution=64x64 frames=5.*make ingest") as error:
         open_dataset([store], tmp_path, config(model, resolution="64x64", frames=5), spec)
+    told = parse_set(str(error.value).split('SET="')[1].split('"')[0])  # what the message advises is enough
+    assert open_dataset([store], tmp_path, config(model, **told), spec).train
 
 
 MISSING_ROWS = [({"keys": ("gone",)}, "1 listed samples are not in the store .first: gone"),
