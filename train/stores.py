@@ -143,9 +143,11 @@ def allowed_samples(
     others = sorted({str(sample.bucket) for sample in samples if not fits(sample.bucket)})
     if not allowed:
         asked = f"resolution={config.resolution} frames={config.frames}"
+        held = ",".join(dict.fromkeys(f"{sample.bucket.width}x{sample.bucket.height}" for sample in samples))
+        frames = max(sample.bucket.num_frames for sample in samples)
         raise StoreError(
-            f"the store's buckets ({', '.join(others)}) are not those of {asked}; cut the clips for this preset "
-            "with make ingest and make encode, or leave PRESET out"
+            f"the store's buckets ({', '.join(others)}) are not those of {asked}; train on them with "
+            f'SET="resolution={held} frames={frames}", or cut the clips anew with make ingest and make encode'
         )
     left_out = len(samples) - len(allowed)
     return allowed, (f"{left_out} samples of buckets {', '.join(others)} are left out",) if left_out else ()
