@@ -76,7 +76,7 @@ def encode(work: Path, store: Path, part: Part, resolved: Resolved) -> None:
             with progress("encode", plan.rows) as advance:
                 run(Job(work, store, resolved.config, resolved.spec, wanted), plan, advance)
         write_dataset(store, dataset_list(index, wanted))
-    click.echo(f"{store}: complete" + (f" (part {part})" if part.count > 1 else ""))
+    click.echo(f"{store}: complete" + (f" (part {part})" if part.count > 1 else "; next: make train"))
 
 
 def say(plan: Plan, index: Index) -> None:
