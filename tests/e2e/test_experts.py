@@ -6,6 +6,7 @@ Measured when this was written, 60 updates per expert, seeds 0, 1, 2; share of t
   the other adapter; but it is not true that it does nothing outside: what is learned of a concept carries over.
 - on ordinary clips the range an adapter was not trained on gets worse: for the high-noise one by 0.26 to 0.30, for the
   low-noise one by 0.12 to 0.13. That is why an adapter belongs to its expert alone.
+A trained pair never uses an adapter outside its range, bit for bit: tests/train/test_pair.py.
 Thresholds are half the least gain, and 1.4 times the other adapter's.
 """
 
