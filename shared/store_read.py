@@ -92,6 +92,7 @@ class StoreReader:
         self.latents: dict[str, tuple[Path, Marker]] = {}
         self.cond: dict[str, tuple[Path, Marker]] = {}
         self.texts: dict[str, tuple[Path, Marker]] = {}
+        self._tables = {"latents": self.latents, "cond": self.cond, "text": self.texts}
         self.stores = list(stores)
         for store in self.stores:
             for marker in fresh_units(store) if accept is None else read_markers(open_store(store)):
@@ -109,31 +110,29 @@ class StoreReader:
 
     def files(self, key: str, kind: Kind) -> list[Path]:
         """Files that `latent` or `text` reads for a key."""
-        table = {"latents": self.latents, "cond": self.cond, "text": self.texts}[kind]
-        store, marker = self._find(table, key, kind)
+        store, marker = self._find(key, kind)
         if kind == "text":
             return [store / "text" / marker.id / name for name in (TOKENS, IDS)]
         return [store / kind / marker.id / "c" / "/".join("0" * len(marker.shape))]
 
     def _add(self, store: Path, marker: Marker) -> None:
-        table = {"latents": self.latents, "cond": self.cond, "text": self.texts}[marker.kind]
+        table = self._tables[marker.kind]
         for key in marker.captions if marker.kind == "text" else marker.rows:
             if key not in table or marker.id < table[key][1].id:
                 table[key] = (store, marker)
 
-    def latent(self, key: str, kind: str = "latents") -> NDArray[np.float16]:
+    def latent(self, key: str, kind: Kind = "latents") -> NDArray[np.float16]:
         """Latent (C, T, h, w) of a sample key, read-only; raises StoreError when the store has no such row."""
-        store, marker = self._find(getattr(self, kind), key, kind)
-        shape = marker.shape
-        file = self._file(store / kind / marker.id / "c" / "/".join("0" * len(shape)), shape[0])
-        return file.chunk(marker.rows[key]).view(np.float16).reshape(shape[1:])
+        (path,), (_, marker) = self.files(key, kind), self._find(key, kind)
+        file = self._file(path, marker.shape[0])
+        return file.chunk(marker.rows[key]).view(np.float16).reshape(marker.shape[1:])
 
     def text(self, key: str) -> Text:
         """Embedding and token ids of a caption key."""
-        store, marker = self._find(self.texts, key, "caption")
-        place, folder = marker.captions[key], store / "text" / marker.id
-        tokens = self._rows(folder / TOKENS, marker, place, np.dtype(np.float16), marker.shape[1])
-        ids = self._rows(folder / IDS, marker, place, np.dtype(np.int32), 1)
+        (tokens_path, ids_path), (_, marker) = self.files(key, "text"), self._find(key, "text")
+        place = marker.captions[key]
+        tokens = self._rows(tokens_path, marker, place, np.dtype(np.float16), marker.shape[1])
+        ids = self._rows(ids_path, marker, place, np.dtype(np.int32), 1)
         return Text(tokens, ids[:, 0], marker.spans(key))
 
     def _rows(self, path: Path, marker: Marker, place: TextRow, dtype: "np.dtype[Any]", columns: int) -> NDArray[Any]:
@@ -142,7 +141,8 @@ class StoreReader:
         chunks = [file.chunk(number).view(dtype) for number in range(first, last + 1)]
         return np.concatenate(chunks).reshape(-1, columns)[: place.count]
 
-    def _find(self, table: dict[str, tuple[Path, Marker]], key: str, what: str) -> tuple[Path, Marker]:
+    def _find(self, key: str, kind: Kind) -> tuple[Path, Marker]:
+        table = self._tables[kind]
         if key not in table:
-            raise StoreError(f"the store has no {what} for {key}; run: make encode")
+            raise StoreError(f"the store has no {kind} for {key}; run: make encode")
         return table[key]

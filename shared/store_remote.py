@@ -21,6 +21,10 @@ PARALLEL = 8  # transfers at once
 UNSIGNED = {"s3:": "AWS_SKIP_SIGNATURE", "gs:": "GOOGLE_SKIP_SIGNATURE"}  # reads without an account
 
 
+class Missing(StoreError):
+    """A place does not have a file."""
+
+
 class Remote(Protocol):
     """Somewhere that holds a store's files under their relative paths."""
 
@@ -28,7 +32,7 @@ class Remote(Protocol):
     batch: int  # files per call of write
 
     def read(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """Bytes of a file from `start` on; StoreError when there is no such file."""
+        """Bytes of a file from `start` on; Missing when there is no such file."""
 
     def write(self, files: Mapping[str, Path]) -> None:
         """Copy local files to these paths, replacing what is there."""
@@ -209,11 +213,11 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return HTTPError, OfflineModeIsEnabled, RuntimeError
 
 
-def missing(remote: Remote, path: str) -> StoreError:
+def missing(remote: Remote, path: str) -> Missing:
     """The error of a file that is not there."""
     hint = "; push the store there first: make push TO=..." if path == "MANIFEST.json" else ""
     private = " (if it is private: hf auth login)" if remote.name.startswith("hf://") and hint else ""
-    return StoreError(f"{remote.name} has no {path}{hint}{private}")
+    return Missing(f"{remote.name} has no {path}{hint}{private}")
 
 
 def unreachable(remote: Remote, path: str, error: BaseException) -> StoreError:

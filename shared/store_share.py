@@ -34,7 +34,7 @@ from shared.store import (
     read_markers,
 )
 from shared.store_check import check_arrays
-from shared.store_remote import PARALLEL, Remote, open_remote
+from shared.store_remote import PARALLEL, Missing, Remote, open_remote
 
 MANIFEST, INCOMING = "MANIFEST.json", ".incoming"
 MANIFEST_VERSION = 1
@@ -102,11 +102,10 @@ def push(store: Path, url: str, advance: Callable[[int, int], Advance]) -> tuple
 def existing(remote: Remote) -> dict[str, FileRecord]:
     """What a place holds already, by its manifest; nothing when it has none."""
     try:
-        return parse_manifest(read_all(remote, MANIFEST, LARGEST_JSON), remote).by_path()
-    except StoreError as error:
-        if f"has no {MANIFEST}" in str(error):
-            return {}
-        raise
+        data = read_all(remote, MANIFEST, LARGEST_JSON)
+    except Missing:
+        return {}
+    return parse_manifest(data, remote).by_path()
 
 
 def parse_manifest(data: bytes, remote: Remote) -> Manifest:
