@@ -101,10 +101,21 @@ def read_adapter(path: Path, setting: str) -> AdapterFile:
         keys.setdefault(key.removesuffix(f".{suffix}"), {})[PARTS[suffix]] = key
     if not keys:
         raise RunError(f"{setting}={path}: holds no adapter")
-    settings: dict[str, Any] = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
-    if settings.get("transformer.use_rslora") or settings.get("transformer.alpha_pattern"):
-        raise RunError(f"{setting}={path}: its rsLoRA or alpha_pattern is not known here; export it with alpha keys")
-    return AdapterFile(path, keys, settings.get("transformer.lora_alpha"))
+    return AdapterFile(path, keys, peft_alpha(header.metadata.get("lora_adapter_metadata", "{}"), f"{setting}={path}"))
+
+
+def peft_alpha(text: str, where: str) -> float | None:
+    """lora_alpha of peft's settings in a file's metadata; raises RunError for settings that are not known here."""
+    try:
+        settings: dict[str, Any] = json.loads(text)
+        alpha = settings.get("transformer.lora_alpha")
+        scaled = settings.get("transformer.use_rslora") or settings.get("transformer.alpha_pattern")
+        found = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError):
+        raise RunError(f"{where}: its lora_adapter_metadata is not what peft writes; download it again") from None
+    if scaled:
+        raise RunError(f"{where}: its rsLoRA or alpha_pattern is not known here; export it with alpha keys")
+    return found
 
 
 def start_from(path: Path, trained: Mapping[str, nn.Parameter], config: Config) -> None:
@@ -112,6 +123,8 @@ def start_from(path: Path, trained: Mapping[str, nn.Parameter], config: Config) 
     file = read_adapter(path, "resume_from_adapter")
     if other := sorted({part for parts in file.keys.values() for part in parts} - {"lora_A", "lora_B", "alpha"}):
         raise RunError(f"resume_from_adapter={path}: holds {other[0]}; only plain LoRA files can be started from")
+    if half := next((name for name, parts in file.keys.items() if not {"lora_A", "lora_B"} <= parts.keys()), None):
+        raise RunError(f"resume_from_adapter={path}: {half} lacks one of its two matrices; the file is incomplete")
     own = {name.removesuffix(".weight").rpartition(".")[0] for name in trained}
     places = {name: module for module, name in trained_places(file, own).items()}
     for name, parameter in trained.items():

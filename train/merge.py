@@ -101,6 +101,28 @@ def kronecker_factor(factors: Factors, part: str) -> Tensor:
     return factors[part] if part in factors else factors[f"{part}_a"] @ factors[f"{part}_b"]
 
 
+def size_of(file: AdapterFile, module: str) -> tuple[int, int]:
+    """(outputs, inputs) of the update that a complete module makes; those of a convolution's kernel are inputs."""
+
+    def size(part: str) -> tuple[int, int]:
+        tensor = file.part(module, part)
+        return len(tensor), tensor.numel() // max(1, len(tensor))
+
+    def product(left: str, right: str) -> tuple[int, int]:
+        return size(left)[0], size(right)[1]
+
+    parts = file.keys[module]
+    if "lora_A" in parts:
+        return product("lora_B", "lora_A")
+    if "hada_w1_a" in parts:
+        return product("hada_w1_a", "hada_w1_b")
+    if "diff" in parts:
+        return size("diff")
+    first, second = (size(name) if name in parts else product(f"{name}_a", f"{name}_b")
+                     for name in ("lokr_w1", "lokr_w2"))  # fmt: skip
+    return first[0] * second[0], first[1] * second[1]
+
+
 def check(file: AdapterFile, module: str, shape: tuple[int, ...]) -> None:
     """Raise RunError when a module's tensors are incomplete or not of the weight's shape."""
     parts = file.keys[module].keys()
@@ -110,10 +132,8 @@ def check(file: AdapterFile, module: str, shape: tuple[int, ...]) -> None:
     )
     if not whole:
         raise RunError(f"{SETTING}={file.path}: {module} has only {', '.join(sorted(parts))}; the file is incomplete")
-    if "lora_A" in parts:
-        found = (file.part(module, "lora_B").shape[0], file.part(module, "lora_A").flatten(1).shape[1])
-        if found != (shape[0], torch.Size(shape[1:]).numel()):
-            raise RunError(f"{SETTING}={file.path}: {module} is {found[0]}x{found[1]}, the model's is {tuple(shape)}; "
-                           "it was made for another model")  # fmt: skip
+    if parts - {"alpha", "diff_b"} and (found := size_of(file, module)) != (shape[0], torch.Size(shape[1:]).numel()):
+        raise RunError(f"{SETTING}={file.path}: {module} is {found[0]}x{found[1]}, the model's is {tuple(shape)}; it "
+                       "was made for another model")  # fmt: skip
     if "dora_scale" in parts and file.part(module, "dora_scale").numel() != shape[0]:
         raise RunError(f"{SETTING}={file.path}: {module} has DoRA magnitudes of columns; only those of rows are known")

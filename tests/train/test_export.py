@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shared.config import Config
 from shared.errors import RunError
@@ -195,6 +195,9 @@ def test_a_pair_starts_from_its_pair_of_files(single: Made, tmp_path: Path) -> N
     )
     (tmp_path / "x.safetensors").write_bytes(b"no adapter")
     with pytest.raises(RunError, match="resume_from_adapter"):
+        start_from(tmp_path / "x.safetensors", {}, pair)
+    save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 24)}, tmp_path / "x.safetensors")
+    with pytest.raises(RunError, match="lacks one of its two matrices"):
         start_from(tmp_path / "x.safetensors", {}, pair)
 
 

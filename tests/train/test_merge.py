@@ -192,6 +192,12 @@ def test_adapters_of_other_models_and_broken_ones_are_refused(single: Made, tmp_
     whole = half | {f"{stem}.lora_B.weight": torch.zeros(24, 4)}
     refused("magnitudes of columns", whole | {f"{stem}.dora_scale": torch.zeros(1, 25)})
     refused("rsLoRA", whole, {"lora_adapter_metadata": '{"transformer.use_rslora": true}'})
+    refused("not what peft writes", whole, {"lora_adapter_metadata": '{"transformer.lora_alpha": [1]}'})
+    hadamard = {f"{stem}.hada_w{n}_{x}": torch.zeros(24, 4) if x == "a" else torch.zeros(4, 25)
+                for n in (1, 2) for x in "ab"}  # fmt: skip
+    refused("24x25.*made for another model", hadamard)
+    refused("20x25.*made for another model", {f"{stem}.lokr_w{n}": torch.zeros(6 - n, 5) for n in (1, 2)})
+    refused("24x25.*made for another model", {f"{stem}.diff": torch.zeros(24, 25)})
     (tmp_path / "y.safetensors").write_bytes(b"no adapter")
     with pytest.raises(RunError, match="damaged"):
         load_model(single[1], "single", merged_with(single, str(tmp_path / "y.safetensors")), CPU)
