@@ -94,10 +94,7 @@ def _place(path: Path, key: str, entries: dict[str, Entry]) -> Place:
         raise ModelError(f"{path}: {key} is stored as {entry.dtype}, by a program whose way of quantising is not known "
                          "here; take the bf16, fp16, fp8 or fp8_scaled file of the model")  # fmt: skip
     if f"{stem}.comfy_quant" in entries:
-        mark = entries[f"{stem}.comfy_quant"]
-        with path.open("rb") as file:
-            file.seek(mark.start)
-            kind = str(json.loads(file.read(mark.stop - mark.start)).get("format"))
+        kind = quantised_as(path, entries[f"{stem}.comfy_quant"])
         if not kind.startswith("float8_"):
             raise ModelError(
                 f"{path}: {key} is quantised as {kind}; take the bf16, fp16 or fp8_scaled file of the model"
@@ -108,6 +105,17 @@ def _place(path: Path, key: str, entries: dict[str, Entry]) -> Place:
             f"{path}: {scale} is neither one scale nor one per row; take the bf16 or fp16 file of the model"
         )
     return Place(path, key, scale, entry.shape)
+
+
+def quantised_as(path: Path, mark: Entry) -> str:
+    """The `format` that ComfyUI's mark of a quantised weight names."""
+    with path.open("rb") as file:
+        file.seek(mark.start)
+        text = file.read(max(0, mark.stop - mark.start))
+    try:
+        return str(json.loads(text).get("format"))
+    except (ValueError, AttributeError):
+        raise ModelError(f"{path} is damaged (a comfy_quant in it is no JSON object); download it again") from None
 
 
 def read(place: Place, rows: slice | list[int] | None = None) -> Any:
