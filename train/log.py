@@ -33,6 +33,12 @@ def cut_events(path: Path, keep_bytes: int) -> None:
         file.truncate(keep_bytes)
 
 
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's events.jsonl; none where it has not begun."""
+    path = run / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 class RunLog:
     """Writes one run's events; use as a context manager."""
 

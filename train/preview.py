@@ -3,7 +3,6 @@
 A decoder's contact sheet goes to TensorBoard. Previews that were not decoded when a run stopped are when it goes on.
 """
 
-import json
 import subprocess
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from train.group import Group
-from train.log import RunLog
+from train.log import RunLog, read_events
 from train.model import TextBank, load_model, pick_device
 from train.phases import Phase
 from train.run import Run
@@ -139,6 +138,5 @@ class Previews:
 
 def undecoded(folder: Path) -> list[Row]:
     """Event rows of the previews whose decoder did not come to its end."""
-    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    files = [(row, folder / row["file"]) for row in rows if row["event"] == "preview"]
+    files = [(row, folder / row["file"]) for row in read_events(folder) if row["event"] == "preview"]
     return [row for row, file in files if file.is_file() and not (file.with_suffix("") / "sheet.png").is_file()]

@@ -15,6 +15,7 @@ from shared.files import atomic_write, write_json
 from shared.models import SPECS
 from shared.resolve import to_json
 from train.curve import Line, chart
+from train.log import read_events
 from train.run import Run
 from train.workflow import result_files, write_workflow
 
@@ -84,9 +85,7 @@ def copy_samples(run: Run, folder: Path) -> list[tuple[str, str]]:
 def validation_losses(run: Run) -> dict[str, Line]:
     """Expert -> (step, loss) of what was measured on held-out clips."""
     lines: dict[str, Line] = {}
-    events = run.folder / "events.jsonl"
-    for text in events.read_text().splitlines() if events.is_file() else ():
-        row = json.loads(text)
+    for row in read_events(run.folder):
         if row["event"] == "validation":
             lines[row["expert"]] = [*lines.get(row["expert"], []), (row["step"], row["loss"])]
     return lines
@@ -162,9 +161,7 @@ def settings_table(run: Run) -> str:
 
 def last_step(run: Run) -> int:
     """Updates that were made."""
-    events = run.folder / "events.jsonl"
-    steps = [json.loads(line)["step"] for line in events.read_text().splitlines()] if events.is_file() else []
-    return max(steps, default=0)
+    return max((row["step"] for row in read_events(run.folder)), default=0)
 
 
 def how_to_use(run: Run, repo: str, files: list[str], workflows: list[str]) -> str:
