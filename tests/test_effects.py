@@ -86,7 +86,7 @@ ingest/test_gates :: gates_judge_by_the_measures : gates.min_motion gates.max_mo
 ingest/test_gates :: bars_are_cut_away_before_bucketing : gates.letterbox
 ingest/test_captioner :: what_is_missing_is_written_once_and_edits_are_obeyed : caption.model caption.prompt \
 caption.frames caption.batch_size
-ingest/test_bad_input :: flipped_bytes_never_stop_ingest : caption.from_file_names
+ingest/test_discover :: file_names_are_no_captions_where_they_are_not_wanted : caption.from_file_names
 train/test_attention :: the_choice_follows_what_is_asked_and_installed : attention
 train/test_blockwise :: fused_equals_a_bare_loop_that_clips_each_block : clip
 train/test_settings :: blocks_are_compiled_when_asked_for : compile

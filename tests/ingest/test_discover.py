@@ -138,6 +138,13 @@ def test_a_name_is_a_caption_when_it_is_words(stem: str, caption: str | None) ->
     assert caption_from_name(stem) == caption
 
 
+def test_file_names_are_no_captions_where_they_are_not_wanted(tmp_path: Path) -> None:
+    """caption.from_file_names=false."""
+    (tmp_path / "A_red_cat_runs.mp4").touch()
+    assert [file.captions for file in found(tmp_path).files] == [("A red cat runs",)]
+    assert [file.captions for file in found(tmp_path, from_file_names=False).files] == [()]
+
+
 def test_the_prefix_stands_before_every_caption() -> None:
     assert with_prefix(("a cat", "a dog"), "sks ") == ("sks a cat", "sks a dog")
     assert with_prefix(("a cat",), "") == ("a cat",)
