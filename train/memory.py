@@ -122,7 +122,7 @@ def available_ram(cgroup: Path = CGROUP) -> int:
 def plan_memory(config: Config, spec: ModelSpec, bucket: Bucket, room: Room) -> MemoryPlan:
     """The memory of the steps of one bucket, with the fastest placement that fits; without a GPU AUTO streams none.
 
-    When none fits the device, the smallest; when only RAM is short, the fastest that fits the device.
+    When none fits, the smallest; but when only the RAM beside a GPU is short, the fastest that fits the device.
     """
     weights, block = weight_cost_of(spec, config), block_cost_of(spec, config, bucket)
     best = None
@@ -131,7 +131,7 @@ def plan_memory(config: Config, spec: ModelSpec, bucket: Bucket, room: Room) -> 
         plan = add_up(config, spec, (weights, block), (bucket, placement), room)
         if plan.fits:
             return plan
-        if best is None or not best.fits_device:
+        if best is None or not best.fits_device or not room.gpu:
             best = plan
     assert best is not None
     return best

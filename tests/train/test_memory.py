@@ -180,8 +180,8 @@ def test_the_report_ends_in_a_verdict_and_downloads_nothing() -> None:
 
 
 def test_the_readmes_table_is_what_the_plan_says() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
-    assert [line for line in table() if line not in readme] == []
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert "\n\n" + "\n".join(table()) + "\n\n" in readme
 
 
 @pytest.mark.parametrize(
