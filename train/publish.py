@@ -199,11 +199,11 @@ def upload(folder: Path, repo: str, private: bool) -> str:
 
     from shared.store_remote import hub_errors
 
-    api = HfApi()
+    api, refusals = HfApi(), (*hub_errors(), HFValidationError, LocalTokenNotFoundError, OSError)
     try:
         address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with prewan")
-    except (*hub_errors(), HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except refusals as error:
         raise RunError(f"REPO={repo}: {str(error).strip().splitlines()[0]}; the folder is {folder}; log in with "
                        ".venv/bin/hf auth login, and name a repository of yours as user/name") from None  # fmt: skip
     return str(address)
