@@ -199,7 +199,8 @@ def upload(folder: Path, repo: str, private: bool) -> str:
 
     from shared.store_remote import hub_errors
 
-    api, refusals = HfApi(), (*hub_errors(), HFValidationError, LocalTokenNotFoundError, OSError)
+    api = HfApi()
+    refusals: tuple[type[Exception], ...] = (*hub_errors(), HFValidationError, LocalTokenNotFoundError, OSError)
     try:
         address = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with prewan")
