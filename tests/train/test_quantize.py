@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from shared.codes import NF4_TABLE
+from shared.codes import NF4_TABLE, to_nf4
 from shared.config import StorageDtype
 from shared.errors import ModelError
 from train.quantize import (
@@ -76,6 +76,16 @@ def test_nf4_codes_scales_and_values_equal_bitsandbytes(shape: tuple[int, int]) 
     assert torch.equal(ours.codes, theirs.flatten())
     assert torch.equal(ours.scale, state.absmax)
     assert torch.equal(restore(ours, torch.bfloat16), dequantize_4bit(theirs, state))
+
+
+def test_a_weight_between_two_nf4_values_gets_the_lower_one() -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    table, weight = torch.tensor(NF4_TABLE), torch.zeros(1, 64)
+    weight[0, 0], weight[0, 1:16] = 1, (table[:-1] + table[1:]) / 2
+    bytes_of = to_nf4(weight).codes
+    assert torch.stack([bytes_of >> 4, bytes_of & 15], 1).flatten()[:16].tolist() == [15, *range(15)]
+    assert torch.equal(bytes_of, quantize_4bit(weight, quant_type="nf4", blocksize=64)[0].flatten())
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("FLOAT_8", 2**-4), ("INT_8", 0.5 / 127)])
