@@ -226,13 +226,13 @@ def text_cost(spec: ModelSpec, config: Config) -> TextCost:
 
 def measured(run: Callable[[], Tensor], existing: Any) -> tuple[int, int, tuple[int, int]]:
     """(peak bytes, bytes alive after the forward, FLOPs of forward and backward) of a computation and its gradients."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward_flops, Alive() as alive:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as forward_flops, Alive() as alive:
         alive.ignore(existing)
         result = run()
         saved = alive.now
     grad, edge = torch.ones_like(result), get_gradient_edge(result)
     del result  # as in a step, where nothing holds a block's output once the next block is through its backward
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as backward_flops, alive:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as backward_flops, alive:
         torch.autograd.backward(edge, grad)
     return alive.peak, saved, (forward_flops.get_total_flops(), backward_flops.get_total_flops())
 
@@ -255,8 +255,12 @@ def block_inputs(
         torch.empty(size, tokens, spec.dim, dtype=dtype),
         rows,
         modulation,
-        Rope(table, torch.empty_like(table), span),
+        Rope(torch.stack((table, table), dim=-1), span),
     )
+
+
+def _addmm_flops(into: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * left[0] * left[1] * right[1])
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -268,8 +272,9 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args
     return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
 
 
-# torch counts CUDA's attention kernels but not the CPU's
-CPU_ATTENTION = {
+# what torch's counter passes over: the CPU's attention kernels, products added in place
+UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten.addmm_: _addmm_flops,
 }

@@ -59,8 +59,7 @@ class Modulation(NamedTuple):
 class Rope(NamedTuple):
     """Rotary tables, and how many neighbouring tokens attend to each other: all of them, or one frame's."""
 
-    cos_N1f: Tensor
-    sin_N1f: Tensor
+    turn_N1f2: Tensor  # cos and sin
     attention_span: int
     backend: str = "native"  # of self-attention, diffusers' name
 
@@ -164,15 +163,15 @@ def block_forward(
     """One block: self-attention, cross-attention to the text, feed-forward; hidden states keep their dtype."""
     terms = _spread(block.scale_shift_table.unsqueeze(0) + _wide(modulation.time_BK6d), modulation.token_timestep_N)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = terms
-    normed = (_layer_norm(hidden_BNd, block.norm1) * (1 + scale) + shift).type_as(hidden_BNd)
+    normed = torch.addcmul(shift, _layer_norm(hidden_BNd, block.norm1), 1 + scale).type_as(hidden_BNd)
     attended = _self_attention(block.attn1, normed, rope, fuse)
-    hidden_BNd = (_wide(hidden_BNd) + attended * gate).type_as(hidden_BNd)
+    hidden_BNd = torch.addcmul(_wide(hidden_BNd), attended, gate).type_as(hidden_BNd)
     normed = _layer_norm(hidden_BNd, block.norm2).type_as(hidden_BNd)
     hidden_BNd = hidden_BNd + _cross_attention(block.attn2, normed, text, fuse)
-    normed = (_layer_norm(hidden_BNd, block.norm3) * (1 + ffn_scale) + ffn_shift).type_as(hidden_BNd)
+    normed = torch.addcmul(ffn_shift, _layer_norm(hidden_BNd, block.norm3), 1 + ffn_scale).type_as(hidden_BNd)
     grown = F.gelu(linears(normed, [block.ffn.net[0].proj], fuse)[0], approximate="tanh")
     shrunk = linears(grown, [block.ffn.net[2]], fuse)[0]
-    return (_wide(hidden_BNd) + _wide(shrunk) * ffn_gate).type_as(hidden_BNd)
+    return torch.addcmul(_wide(hidden_BNd), _wide(shrunk), ffn_gate).type_as(hidden_BNd)
 
 
 class _Adapter(NamedTuple):
@@ -189,20 +188,17 @@ def linears(hidden: Tensor, layers: Sequence[nn.Module], fuse: bool = True) -> l
     with `fuse` off, is called as the module it is.
     """
     adapters = [_adapter(layer) if fuse else None for layer in layers]
-    outputs = [_base(layer, hidden, adapter) for layer, adapter in zip(layers, adapters, strict=True)]
-    present = [adapter for adapter in adapters if adapter is not None]
-    lowered = iter(_lower(hidden, present))
-    for index, adapter in enumerate(adapters):
-        if adapter is not None:
-            low = next(lowered) * adapter.scaling
-            outputs[index] = outputs[index] + F.linear(low, adapter.up_dr.to(low.dtype))
+    lowered = iter(_lower(hidden, [adapter for adapter in adapters if adapter is not None]))
+    outputs = []
+    for layer, adapter in zip(layers, adapters, strict=True):
+        if adapter is None:
+            outputs.append(layer(hidden))
+            continue
+        low = next(lowered).flatten(0, -2)
+        output = layer.base_layer(hidden.flatten(0, -2))  # two dimensions: a view could not be added to so cheaply
+        output.addmm_(low, adapter.up_dr.to(low.dtype).t(), alpha=adapter.scaling)
+        outputs.append(output.view(*hidden.shape[:-1], -1))
     return outputs
-
-
-def _base(layer: Any, hidden: Tensor, adapter: _Adapter | None) -> Tensor:
-    inner = layer.base_layer if adapter is not None else layer
-    output: Tensor = F.linear(hidden, inner.weight, inner.bias) if type(inner) is nn.Linear else inner(hidden)
-    return output
 
 
 def _lower(hidden: Tensor, adapters: Sequence[_Adapter]) -> Sequence[Tensor]:
@@ -277,9 +273,13 @@ def _heads(hidden_BNd: Tensor, heads: int) -> Tensor:
 
 def _rotate(states_BNHD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of neighbouring channels by its token's angle."""
-    even, odd = states_BNHD.view(*states_BNHD.shape[:-1], -1, 2).unbind(-1)
-    turned = (even * rope.cos_N1f - odd * rope.sin_N1f, even * rope.sin_N1f + odd * rope.cos_N1f)
-    return torch.stack(turned, dim=-1).flatten(-2).type_as(states_BNHD)
+    pairs = _wide(states_BNHD).view(*states_BNHD.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling():  # its kernels know no complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.turn_N1f2.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope.turn_N1f2))
+    return turned.flatten(-2).type_as(states_BNHD)
 
 
 def _modulation(
@@ -311,7 +311,7 @@ def _head(
     """Final norm, projection, and patches back to a grid."""
     terms = transformer.scale_shift_table.unsqueeze(0) + embedded_BKd.unsqueeze(2)
     shift, scale = _spread(terms, token_timestep_N)
-    normed = (_layer_norm(hidden_BNd, transformer.norm_out) * (1 + scale) + shift).type_as(hidden_BNd)
+    normed = torch.addcmul(shift, _layer_norm(hidden_BNd, transformer.norm_out), 1 + scale).type_as(hidden_BNd)
     patch = transformer.config.patch_size
     grid = [side // step for side, step in zip(latent_shape, patch, strict=True)]
     tokens = transformer.proj_out(normed).view(hidden_BNd.shape[0], *grid, *patch, -1)
@@ -365,4 +365,4 @@ def _build_rope(rope: Any, positions: Sequence[Sequence[int]]) -> Rope:
             shape[axis] = grid[axis]
             axes.append(rows.view(shape).expand(*grid, -1))
         tables.append(torch.cat(axes, dim=-1).flatten(0, 2).unsqueeze(1).contiguous())
-    return Rope(tables[0], tables[1], attention_span=tables[0].shape[0])
+    return Rope(torch.stack(tables, dim=-1), attention_span=len(tables[0]))

@@ -57,7 +57,9 @@ def measure(spec: ModelSpec, blocks: int) -> None:
             for name, linear in linears if dtype != "BFLOAT_16" else ():
                 replace_module(model, name, quantized(linear, dtype, name))  # type: ignore[arg-type]
             block = model.blocks[0]  # type: ignore[index]
-            hidden[dtype] = block_forward(block, hidden[dtype], text, time, Rope(table, table * 0, TOKENS))
+            hidden[dtype] = block_forward(
+                block, hidden[dtype], text, time, Rope(torch.stack((table, table * 0), dim=-1), TOKENS)
+            )
             for name, linear in linears:
                 replace_module(model, name, linear)
         found = ", ".join(f"{dtype} {relative(hidden[dtype], hidden['BFLOAT_16']):.2%}" for dtype in DTYPES)

@@ -13,7 +13,7 @@ from shared.errors import RunError
 from shared.models import SPECS, WAN21_VAE, ModelSpec
 from shared.resolve import Choice, resolve
 from train.blockwise import held_states
-from train.dryrun import CPU_ATTENTION, Alive, block_cost, block_inputs, empty_transformer, weight_cost
+from train.dryrun import UNCOUNTED, Alive, block_cost, block_inputs, empty_transformer, weight_cost
 from train.fit import refuse_if_too_large, ways_to_fit, with_setting
 from train.lean import LeanOptions, Text, lean_forward
 from train.load import dit_config
@@ -88,7 +88,7 @@ def test_flops_are_those_torch_counts_in_a_real_step() -> None:
     hidden, text, modulation, rope = block_inputs(transformer, SMALL, cfg, (BUCKET, 1))
     del hidden, modulation, rope
     latent = torch.randn(1, *SMALL.latent_shape(9, 96, 128))
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         velocity = lean_forward(transformer, latent, torch.tensor([500.0]), Text(torch.randn_like(text.rows_BSd), None))
         velocity.square().mean().backward()
     cost = block_cost(SMALL, cfg, BUCKET, 1)
