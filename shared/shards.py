@@ -40,22 +40,15 @@ class SourceFacts(Record):
     facts: dict[str, Any] = {}
 
 
-class SampleRecord(Record):
-    """One sample: where its pixels are, what they are, what is said about them, how it is trained."""
+class SampleFacts(Record):
+    """What a sample is and how it is trained, as the index and a dataset list both say it."""
 
-    key: str
-    shard: str  # file name of the tar
-    extension: Literal["mp4", "png", "mkv"]
+    clip: str  # key shared by the variants of one window at one resolution: the trainer draws one of them per epoch
+    source: str  # path of its source
     num_frames: int
     height: int
     width: int
     fps: float
-    captions: tuple[str, ...]
-    source: str  # path of its source
-    start: float  # seconds in the source
-    duration: float  # seconds of the source that the sample shows
-    variant: str = "plain"  # temporal augmentation; samples of one `clip` are variants of each other
-    clip: str  # key shared by the variants of one window at one resolution: the trainer draws one of them per epoch
     repeats: int = 1
     prior: bool = False
     weight: float = 1.0
@@ -65,6 +58,18 @@ class SampleRecord(Record):
     def bucket(self) -> Bucket:
         """Size in pixels."""
         return Bucket(self.num_frames, self.height, self.width)
+
+
+class SampleRecord(SampleFacts):
+    """One sample of the index: where its pixels are, and what is said about them."""
+
+    key: str
+    shard: str  # file name of the tar
+    extension: Literal["mp4", "png", "mkv"]
+    captions: tuple[str, ...]
+    start: float  # seconds in the source
+    duration: float  # seconds of the source that the sample shows
+    variant: str = "plain"  # temporal augmentation
 
 
 class ShardRecord(Record):

@@ -13,12 +13,11 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 
-from shared.bucket import Bucket
 from shared.concept import Spans
 from shared.errors import StoreError
 from shared.files import read_json, write_json
 from shared.keys import fingerprint
-from shared.shards import Record, Split, fault
+from shared.shards import Record, SampleFacts, fault
 
 STORE_VERSION = 1
 MEND = "delete it and run make encode"  # a damaged record
@@ -76,26 +75,11 @@ class Marker(Record):
         return self
 
 
-class ListedSample(Record):
+class ListedSample(SampleFacts):
     """A live sample of a dataset."""
 
-    clip: str  # variants of one clip share it; the trainer draws one of `keys` per epoch
-    keys: tuple[str, ...]
-    num_frames: int
-    height: int
-    width: int
-    fps: float
+    keys: tuple[str, ...]  # of the variants of its clip
     captions: tuple[str, ...]  # caption keys
-    source: str
-    repeats: int = 1
-    prior: bool = False
-    weight: float = 1.0
-    split: Split = "train"
-
-    @property
-    def bucket(self) -> Bucket:
-        """Size in pixels."""
-        return Bucket(self.num_frames, self.height, self.width)
 
 
 class DatasetList(Record):
