@@ -1,9 +1,12 @@
 """Settings that contradict the model, the method or each other: refused before torch loads. Errors: ConfigError."""
 
-from shared.config import Config
+from shared.config import Config, OptimizerConfig
 from shared.errors import ConfigError
 from shared.models import ModelSpec
 from train.updates import SEPARABLE, is_blockwise
+
+# numbers that an optimizer has not
+WITHOUT = {"ADAFACTOR": ("beta1", "beta2", "eps"), "MUON": ("beta2",), "CAME": ("eps",), "LION": ("eps",)}
 
 
 def refuse_contradictions(config: Config, spec: ModelSpec) -> None:
@@ -75,7 +78,10 @@ def optimizer_contradictions(config: Config) -> dict[str, bool]:
     """Settings that contradict the optimizer: what is wrong, and whether it is."""
     settings = config.optimizer
     free = settings.name == "SCHEDULE_FREE_ADAMW"
-    return {
+    given, usual = settings.model_dump(), OptimizerConfig().model_dump()
+    without = {f"optimizer.{key}={given[key]}: {settings.name} has no such number; leave it at {usual[key]}":
+               given[key] != usual[key] for key in WITHOUT.get(settings.name, ())}  # fmt: skip
+    return without | {
         f"lr_scheduler={config.lr_scheduler}: {settings.name} takes the place of a schedule; use CONSTANT":
             free and config.lr_scheduler != "CONSTANT",
         f"ema={config.ema}: {settings.name} averages the weights by itself; leave it at null":

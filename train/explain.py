@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.config import leaf_keys
+from shared.config import Config, leaf_keys
 from shared.geometry import geometry
 from shared.resolve import Resolved, to_json
 from shared.words import counted
@@ -36,9 +36,22 @@ def derived(resolved: Resolved) -> list[str]:
         f"device: {pick_device()}",
         f"clips: {sizes.num_frames} frames at {sizes.fps:g} fps, resolution {', '.join(exact)}",
     ]
-    if config.text_encoder.learning_rate is not None and not config.text_encoder.train:
-        lines.append("text_encoder.learning_rate is idle: text_encoder.train is false")
-    return lines + list(sizes.remarks)
+    return [*lines, *idle(config), *sizes.remarks]
+
+
+def idle(config: Config) -> list[str]:
+    """A line for each setting that was given and does nothing beside the others."""
+    method, text = config.training_method, config.text_encoder
+    reasons = {
+        "text_encoder.learning_rate is idle: text_encoder.train is false":
+            text.learning_rate is not None and not text.train,
+        f"transformer.learning_rate is idle: {method} trains no transformer":
+            config.transformer.learning_rate is not None and method != "LORA" and not config.trains_dit,
+        f"embedding_learning_rate is idle: {method} trains no embedding":
+            config.embedding_learning_rate is not None and method != "EMBEDDING",
+        "sample_after is idle: sample_prompts is empty": config.sample_after is not None and not config.sample_prompts,
+    }  # fmt: skip
+    return [line for line, holds in reasons.items() if holds]
 
 
 def plan_lines(resolved: Resolved, data: Dataset, plan: Plan) -> list[str]:
@@ -61,6 +74,8 @@ def plan_lines(resolved: Resolved, data: Dataset, plan: Plan) -> list[str]:
         lines.append(
             f"expert {phase.expert}: steps {phase.first + 1}-{phase.stop}, sigma {phase.law.low:g}-{phase.law.high:g}"
         )
+    if config.validate_after is not None and not data.validation:
+        lines.append("validate_after is idle: no sample is held out (validation.fraction or validation.folder)")
     return lines + list(data.remarks)
 
 

@@ -13,7 +13,7 @@ from shared.resolve import Choice, resolve, save_config
 from tests.train.make import config, events, make_run
 from train.__main__ import main
 from train.data import load_step
-from train.explain import plan_lines
+from train.explain import idle, plan_lines
 from train.flow import SigmaLaw
 from train.session import open_data, start
 
@@ -50,3 +50,24 @@ def test_batches_and_steps_are_those_of_the_run(mixed: Made, tmp_path: Path, bat
         drawn = sum(len(part.captions) for part in parts)
         assert drawn in (batch, last)
         assert max(len(part.captions) for part in parts) == min(at_once, drawn)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, []),
+        ({"text_encoder": {"learning_rate": 1e-5}}, ["text_encoder.learning_rate"]),
+        ({"embedding_learning_rate": 1e-3}, ["embedding_learning_rate"]),
+        ({"training_method": "EMBEDDING", "transformer": {"learning_rate": 1e-5}}, ["transformer.learning_rate"]),
+        ({"sample_after": 5, "validate_after": 5}, ["sample_after", "validate_after"]),
+        ({"sample_after": 5, "sample_prompts": ["a prompt"]}, []),
+    ],
+)
+def test_a_setting_that_does_nothing_is_said_to_be_idle(
+    single: Made, tmp_path: Path, changes: dict[str, Any], named: list[str]
+) -> None:
+    settings = config(single[0], **changes)
+    run = make_run(tmp_path / "run", settings.model_copy(update={"training_method": "LORA"}), single[2])
+    data, plan = open_data(run.resolved, run.stores, run.work)
+    lines = idle(settings) + plan_lines(run.resolved, data, plan)
+    assert [line.split()[0] for line in lines if " is idle: " in line] == named

@@ -170,6 +170,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
       "transformer": {"weight_dtype": "FLOAT_16"}}, "small updates of such weights vanish"),
     ({"optimizer": {"name": "SCHEDULE_FREE_ADAMW"}, "lr_scheduler": "COSINE"}, "takes the place of a schedule"),
     ({"optimizer": {"name": "SCHEDULE_FREE_ADAMW"}, "lr_scheduler": "CONSTANT", "ema": 0.9}, "averages the weights"),
+    ({"optimizer": {"name": "ADAFACTOR", "beta2": 0.99}}, "optimizer.beta2=0.99: ADAFACTOR has no such number.*0.999"),
+    ({"optimizer": {"name": "LION", "eps": 1e-6}}, "optimizer.eps=1e-06: LION has no such number"),
     ({"optimizer": {"name": "SCHEDULE_FREE_ADAMW", "beta1": 0.0}, "lr_scheduler": "CONSTANT"}, "averages with it"),
 ]  # fmt: skip
 
