@@ -46,8 +46,8 @@ from encode import winograd
 
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; the first latent frame holds one pixel frame
 
-# plane: one conv2d per tap; winograd: see encode/winograd.py, for the layers that gain by it, plane for the others
-ConvKind = Literal["conv3d", "plane", "winograd"]
+# winograd: encode/winograd.py for the layers that gain by it, one conv2d per tap for the others
+ConvKind = Literal["conv3d", "winograd"]
 HALF = (torch.float16, torch.bfloat16)
 NORM_VALUES = 2**17  # normalised at once
 Layer = Any  # a module of the VAE; diffusers types none of their attributes
@@ -286,7 +286,7 @@ def _causal_conv(hidden: Tensor, conv: Layer, trip: Trip) -> Tensor:
     past = trip.recall(conv, hidden, 2)
     if trip.kind == "winograd" and winograd.fits(hidden, conv):
         return winograd.causal_conv(hidden, past, conv)
-    if trip.kind != "conv3d":
+    if trip.kind == "winograd":
         return _plane_convs(hidden, past, conv)
     if past is None and hidden.shape[2] == 1:  # an image: only the last tap meets data, a third of the work
         return F.conv3d(hidden, conv.weight[:, :, -1:], conv.bias, padding=(0, 1, 1))

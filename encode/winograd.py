@@ -34,7 +34,6 @@ _TIME_WEIGHT = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0
 INPUT_36_36 = torch.kron(_INPUT, _INPUT).float()
 OUTPUT_16_36 = torch.kron(_OUTPUT, _OUTPUT).float()
 CONSTANT = 7  # the one of 36 values that adds the same to all 16 outputs of a tile: a bias goes there
-FEWEST_PIXELS = 64  # below, the transforms cost more than they save
 EPSILON = 1e-12  # of F.normalize
 SHARE_OF_FREE = 0.25
 TILES_PER_CHANNEL = 2  # of all frames together, in a block; about this many values per frequency and channel
@@ -89,23 +88,29 @@ class Source:
         F.silu(out_THWC.mul_(self.gain_C), inplace=True)
 
 
-def fewest_channels(dtype: torch.dtype) -> int:
-    """From how many channels on this is faster than the layer itself, by what the processor can do.
+def fewest(dtype: torch.dtype) -> tuple[int, int]:
+    """From how many channels and pixels of a frame on this is faster than the layer itself, on this processor.
 
-    AVX512-BF16 multiplies bfloat16 twice as fast as float32 (measured: even at 96 channels, 1.5x behind at 384), AMX
-    eight times or more; without either, bfloat16 is slower than float32.
+    AVX512-BF16 multiplies bfloat16 twice as fast as float32 (measured: even at 160 channels; at 16x16 pixels 1.5x
+    behind, where reading the transformed weights takes longest), AMX eight times or more; without either, bfloat16 is
+    slower than float32.
     """
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return 2**31
-    return 192 if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else 48
+        return 2**31, 2**31
+    return (192, 512) if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else (48, 64)
 
 
 def fits(hidden_BCTHW: Tensor, conv: Layer) -> bool:
-    """Whether this layer gains: on a CPU, without gradients, 3x3 in the plane, wide, large, its weights affordable."""
+    """Whether this layer gains: on a CPU, without gradients, 3x3 in the plane, wide, large, its weights affordable.
+
+    The same for every pass of a clip, whatever its number of frames: the layer's history is kept in front of its norm
+    or behind it.
+    """
     channels, _, height, width = hidden_BCTHW.shape[1:]
     plain = hidden_BCTHW.dtype != torch.float64 and hidden_BCTHW.device.type == "cpu" and not torch.is_grad_enabled()
     square = tuple(conv.weight.shape[-2:]) == (3, 3) and conv.stride[-1] == 1
-    large = channels >= fewest_channels(hidden_BCTHW.dtype) and height * width >= FEWEST_PIXELS
+    least_channels, least_pixels = fewest(hidden_BCTHW.dtype)
+    large = channels >= least_channels and height * width >= least_pixels
     return plain and square and large and bool(transformed_weight(conv))
 
 

@@ -167,7 +167,7 @@ def fill(model: Any, places: Mapping[str, Place], dtype: Any, source: Path) -> N
 
 
 def load_vae(spec: ModelSpec, dtype: Any) -> Any:
-    """AutoencoderKLWan in `dtype`; frozen."""
+    """AutoencoderKLWan in `dtype`; frozen; weights in the order in which convolutions take them."""
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan
 
@@ -175,7 +175,17 @@ def load_vae(spec: ModelSpec, dtype: Any) -> Any:
     with init_empty_weights():
         vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(source))
     fill(vae, places_of(source, vae_names), dtype, source)
-    return vae.eval().requires_grad_(False)
+    return channels_last(vae.eval().requires_grad_(False))
+
+
+def channels_last(vae: Any) -> Any:
+    """Put the weights of three-dimensional convolutions in the order of memory that every call would make of them."""
+    import torch
+
+    for weight in vae.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
 
 
 def load_text_encoder(spec: ModelSpec, dtype: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Winograd's convolution is the layer's: equal in float32 to rounding, for any size, history and number of taps."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -111,19 +112,21 @@ def test_changed_weights_are_transformed_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bf16", "amx", "fewest"), [(False, False, 48), (True, False, 192), (True, True, 2**31)], ids=str
-)
+    ("bf16", "amx", "least"),
+    [(False, False, (48, 64)), (True, False, (192, 512)), (True, True, (2**31, 2**31))], ids=str,
+)  # fmt: skip
 def test_it_is_for_wide_layers_that_the_processor_does_not_multiply_faster(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool, fewest: int
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool, least: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     with torch.no_grad():
-        for dtype, least in ((torch.float32, 48), (torch.bfloat16, fewest)):
-            for channels in (12, 48, 192):
-                conv, hidden = random_layer(3, channels).to(dtype), torch.zeros(1, channels, 2, 8, 8, dtype=dtype)
-                assert fits(hidden, conv) == (channels >= least)
-        assert not fits(torch.zeros(1, 48, 2, 8, 4), random_layer(3))
+        for dtype, (channels_least, pixels_least) in ((torch.float32, (48, 64)), (torch.bfloat16, least)):
+            for channels, (height, width) in itertools.product((12, 48, 192), ((8, 7), (8, 8), (16, 31), (16, 32))):
+                conv = random_layer(3, channels).to(dtype)
+                wanted = channels >= channels_least and height * width >= pixels_least
+                for frames in (1, 40):  # passes of one clip are alike
+                    assert fits(torch.zeros(1, channels, frames, height, width, dtype=dtype), conv) == wanted
         assert not fits(torch.zeros(1, 48, 2, 8, 8, dtype=torch.float64), random_layer(3).double())
     assert not fits(torch.zeros(1, 48, 2, 8, 8), random_layer(3))  # gradients
 
