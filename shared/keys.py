@@ -16,3 +16,6 @@ def fingerprint(**parts: Any) -> str:
 def caption_key(caption: str) -> str:
     """Name of a caption: the hash of its exact text, taken before cleaning, so that any machine can look it up."""
     return fingerprint(caption=caption)
+
+
+EMPTY_CAPTION = caption_key("")

@@ -74,12 +74,14 @@ def train(
     """Choose the run, open its data, train what is left."""
     from train.contradictions import refuse_contradictions
     from train.run import check_changes, choose_run, is_finished, is_run, require_stores
+    from train.stores import open_dataset
 
     run = choose_run(choice, work, store, folder, resume)  # what is wrong here is said before torch loads
     require_stores(run.stores, work)
     refuse_contradictions(run.config, run.spec)
     if is_run(run.folder):
         check_changes(run)
+    data = open_dataset(list(run.stores), run.work, run.config, run.spec)
     from train.group import join, leave
     from train.session import start
 
@@ -88,7 +90,7 @@ def train(
         folder = group.agree(lambda: choose_run(choice, work, store, folder, resume).folder)
         run = choose_run(choice, work, store, folder, None)
         finished = is_run(run.folder) and is_finished(run.folder)
-        start(run, finished, group)
+        start(run, finished, group, data=data)
     finally:
         leave(group)
 

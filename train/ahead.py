@@ -6,10 +6,11 @@ Input: data, plan. Output: paths. The walk ends when every file that any sample 
 from collections.abc import Iterator
 from pathlib import Path
 
+from shared.keys import EMPTY_CAPTION
 from shared.store import ListedSample
 from shared.store_copy import is_copy
 from shared.store_read import StoreReader
-from train.data import EMPTY_CAPTION, Plan
+from train.data import Plan
 from train.group import Group
 from train.stores import Dataset
 

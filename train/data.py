@@ -17,14 +17,13 @@ from torch import Tensor
 
 from shared.bucket import Bucket
 from shared.config import Config
-from shared.keys import caption_key
+from shared.keys import EMPTY_CAPTION
 from shared.store import ListedSample
 from shared.store_read import StoreReader
 from train.condition import Frames
 from train.flow import SigmaLaw, sigma_at
 from train.group import ALONE, Group
 
-EMPTY_CAPTION = caption_key("")
 # domains of randomness: one number each, so that no two draws share a seed
 EPOCH, PRIOR, SLOT, STRATA, VALIDATION, PREVIEW, WEIGHTS, DROPOUT, FRAMES = range(9)
 

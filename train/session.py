@@ -48,17 +48,21 @@ from train.task import Task, restore
 Weights = Literal["weights", "average", "base"]
 
 
-def open_data(resolved: Resolved, stores: tuple[Path, ...], work: Path, group: Group = ALONE) -> tuple[Dataset, Plan]:
-    """Check settings against model and stores; the samples and their order."""
+def open_data(
+    resolved: Resolved, stores: tuple[Path, ...], work: Path, group: Group = ALONE, data: Dataset | None = None
+) -> tuple[Dataset, Plan]:
+    """Check settings against model and stores, unless they are open; the samples and their order."""
     refuse_mismatch(resolved.config, resolved.spec)
-    data = open_dataset(list(stores), work, resolved.config, resolved.spec)
+    data = data or open_dataset(list(stores), work, resolved.config, resolved.spec)
     return data, Plan(data.train, resolved.config, resolved.config.batch_size * group.world)
 
 
-def start(run: Run, finished: bool, group: Group = ALONE, loader: Loader = load_model) -> None:
-    """Train a run to its end, from its newest checkpoint; `loader` loads an expert."""
+def start(
+    run: Run, finished: bool, group: Group = ALONE, loader: Loader = load_model, data: Dataset | None = None
+) -> None:
+    """Train a run to its end, from its newest checkpoint; `loader` loads an expert, `data` is what is open already."""
     refuse_undivided(run.config, group)
-    data, plan = open_data(run.resolved, run.stores, run.work, group)
+    data, plan = open_data(run.resolved, run.stores, run.work, group, data)
     saved = checkpoint.latest(run.folder)
     if finished and saved is not None and checkpoint.read_state(saved).step >= plan.total_steps():
         print(f"{run.folder} is finished; train on with a larger max_steps, or start anew with RESUME=no")

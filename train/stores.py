@@ -13,13 +13,12 @@ from shared.concept import concept_of, text_key
 from shared.config import Config, EmbeddingConfig
 from shared.errors import StoreError
 from shared.geometry import geometry
-from shared.keys import fingerprint
+from shared.keys import EMPTY_CAPTION, fingerprint
 from shared.listing import listed_samples
 from shared.models import ModelSpec
 from shared.shards import index_path, read_index
 from shared.store import DatasetList, ListedSample, Marker, open_store, read_datasets, recipe_key
 from shared.store_read import StoreReader, fresh_units
-from train.data import EMPTY_CAPTION
 from train.run import require_stores
 
 

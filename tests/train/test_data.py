@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.keys import EMPTY_CAPTION
 from shared.models import ModelSpec
 from shared.store_read import StoreReader
 from tests.train.make import config, listed
-from train.data import EMPTY_CAPTION, Draw, Plan, epoch_batches, load_step, micro_batch_size
+from train.data import Draw, Plan, epoch_batches, load_step, micro_batch_size
 from train.feed import prefetch
 from train.flow import SigmaLaw
 from train.group import Group
