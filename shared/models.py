@@ -187,6 +187,11 @@ ALIASES = {"wan-ai/wan_2_2": "ti2v-5b"} | {spec.repo.lower(): spec.name for spec
 TINY_NAMES = ("tiny", "tiny-a14b", "tiny-i2v", "tiny-ti2v")
 
 
+def expert_end(expert: str) -> str:
+    """What the names of an expert's files end in: '_high_noise', or nothing where there is one expert."""
+    return "" if expert == "single" else f"_{expert}"
+
+
 def model_spec(base_model_name: str) -> ModelSpec:
     """Spec of a short name, a Hub id or a local folder in diffusers layout, or DiT files ('high.safetensors,low...').
 

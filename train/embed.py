@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.concept import concept_of, text_key
+from shared.models import expert_end
 from shared.store_read import Text
 from train import checkpoint
 from train.embedding import InputConcept, OutputConcept, stored
@@ -41,7 +42,7 @@ def embed_run(folder: Path, prompt: str, negative: str | None, out: Path | None)
             continue
         embed = learned(run, checkpoint.read_tensors(saved, f"weights_{expert}"))
         rows = {name: padded(embedded(text, embed)) for name, text in found.items()}
-        paths.append(target / f"prompt-{number}{'' if expert == 'single' else '_' + expert}.safetensors")
+        paths.append(target / f"prompt-{number}{expert_end(expert)}.safetensors")
         write_file(paths[-1], in_dtype(rows, run.config), {"format": "pt", **texts})
     return paths
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shared.config import Config, OutputFormat
 from shared.files import atomic_write, read_json, write_json
-from shared.models import ModelSpec
+from shared.models import ModelSpec, expert_end
 from shared.names import original_name
 from shared.resolve import to_json
 from shared.single_file import CONFIG_KEY
@@ -199,7 +199,7 @@ def write_result(
         plainly = {key: value for key, value in sizes.items() if not key.startswith("_")}
         metadata = metadata | {CONFIG_KEY: json.dumps(plainly, sort_keys=True)}
     if form != "DIFFUSERS":
-        path = folder / (f"{stem}.safetensors" if expert == "single" else f"{stem}_{expert}.safetensors")
+        path = folder / f"{stem}{expert_end(expert)}.safetensors"
         beside = folder / f"{stem}_text_encoder.safetensors"
         if plain:
             write_file(path, plain, metadata)

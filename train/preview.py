@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.models import expert_end
 from train.group import Group
 from train.log import RunLog, read_events
 from train.model import TextBank, load_model, pick_device
@@ -79,7 +80,7 @@ class Previews:
         state, clean = sample_range(bank, self.run.spec, self.scene, phase.expert, start, self.bar(phase.expert))
         if phase.expert == "high_noise":
             self._write(handed, state)
-        path = self.folder / f"{name}{'' if phase.expert == 'single' else '_' + phase.expert}.safetensors"
+        path = self.folder / f"{name}{expert_end(phase.expert)}.safetensors"
         self._write(path, clean if phase.expert == "high_noise" else state)
         if not self.writes:
             return

@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_map_only
 
 from shared import codes
 from shared.codes import CHUNK, NF4_BLOCK, Scheme, Stored
-from shared.config import StorageDtype
+from shared.config import Dtype, StorageDtype
 from shared.errors import ModelError
+from shared.weights import DTYPES, torch_dtype
 
 LASTING = 1 << 20  # bytes
-TORCH_DTYPES = {"FLOAT_32": torch.float32, "BFLOAT_16": torch.bfloat16, "FLOAT_16": torch.float16}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: torch_dtype(name) for name in DTYPES}
 
 
 def quantize_blocks(network: nn.Module, dtype: StorageDtype, prefix: str = "blocks.") -> None:
@@ -222,12 +223,8 @@ assert set(SCHEMES) == set(get_args(StorageDtype))
 
 def dtype_name(dtype: torch.dtype) -> StorageDtype:
     """Name of a plain storage dtype."""
-    names: dict[torch.dtype, StorageDtype] = {
-        torch.float32: "FLOAT_32",
-        torch.bfloat16: "BFLOAT_16",
-        torch.float16: "FLOAT_16",
-    }
-    return names[dtype]
+    names: tuple[StorageDtype, ...] = get_args(Dtype)
+    return next(name for name in names if TORCH_DTYPES[name] == dtype)
 
 
 def stored_bytes(shape_OI: Sequence[int], dtype: StorageDtype) -> int:

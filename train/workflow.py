@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.errors import RunError
 from shared.files import write_json
-from shared.models import ModelSpec
+from shared.models import ModelSpec, expert_end
 from shared.single_file import DIT_FILE
 from train.adapter_file import base_adapters
 from train.run import Run
@@ -65,8 +65,7 @@ def result_files(run: Run) -> dict[str, Path]:
     stems += [f"{run.name}-{name.lower()}" for name in wanted]
     found = {}
     for expert in run.spec.experts:
-        end = "" if expert == "single" else f"_{expert}"
-        paths = [run.folder / f"{stem}{end}.safetensors" for stem in stems]
+        paths = [run.folder / f"{stem}{expert_end(expert)}.safetensors" for stem in stems]
         if path := next((path for path in paths if path.is_file()), None):
             found[expert] = path
     if not found:
