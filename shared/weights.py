@@ -156,14 +156,20 @@ def fill(model: Any, places: Mapping[str, Place], dtype: Any, source: Path) -> N
     import torch
 
     wide = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if odd := sorted(model.state_dict().keys() ^ places.keys()):
-        raise ModelError(f"{source} does not hold the weights of its config.json: {len(odd)} differ, such as {odd[0]}; "
-                         "download it again")  # fmt: skip
+    refuse_other_weights(source, places, {name: tuple(part.shape) for name, part in model.state_dict().items()})
     state = {}
     for name, place in places.items():
         kept = torch.float32 if wide & set(name.split(".")) else dtype or torch.float32
         state[name] = read(place).to(kept, copy=True)  # a copy, or the map of the whole file would stay
     model.load_state_dict(state, assign=True)
+
+
+def refuse_other_weights(source: Path, places: Mapping[str, Place], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ModelError when names or shapes in a folder's files are not those of its config.json."""
+    found = {name: place.shape for name, place in places.items()}
+    if odd := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+        raise ModelError(f"{source} does not hold the weights of its config.json: {len(odd)} differ, such as {odd[0]}; "
+                         "download it again")  # fmt: skip
 
 
 def load_vae(spec: ModelSpec, dtype: Any) -> Any:

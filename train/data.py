@@ -23,6 +23,7 @@ from shared.store_read import StoreReader
 from train.condition import Frames
 from train.flow import SigmaLaw, sigma_at
 from train.group import ALONE, Group
+from train.updates import videos_at_once
 
 # domains of randomness: one number each, so that no two draws share a seed
 EPOCH, PRIOR, SLOT, STRATA, VALIDATION, PREVIEW, WEIGHTS, DROPOUT, FRAMES = range(9)
@@ -159,10 +160,8 @@ class Plan:
 
 
 def micro_batch_size(config: Config, bucket: Bucket) -> int:
-    """Samples per forward pass: images use batch_size, videos batch_size x video_batch_size_multiplier."""
-    if bucket.num_frames == 1:
-        return config.batch_size
-    return max(1, round(config.batch_size * config.video_config.video_batch_size_multiplier))
+    """Samples per forward pass: pictures use the whole batch_size."""
+    return config.batch_size if bucket.num_frames == 1 else videos_at_once(config)
 
 
 def adapter_dice(config: Config, step: int, part: list[int]) -> tuple[int, ...]:

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from shared.codes import NF4_BLOCK, Stored
 from shared.config import Dtype, StorageDtype
-from shared.errors import ModelError
 from shared.files import atomic_write, read_json, write_json
 from shared.keys import fingerprint
 from shared.models import ModelSpec, refuse_unsupported
 from shared.progress import progress
 from shared.tensors import Place, read
-from shared.weights import content_name, dit_places, model_folder, weights_fingerprint
+from shared.weights import content_name, dit_places, model_folder, refuse_other_weights, weights_fingerprint
 from train.merge import Merge
 from train.quantize import (
     SCHEMES,
@@ -147,14 +146,6 @@ def as_kept(transformer: Any, name: str, part: Tensor, train_dtype: Dtype, linea
     if module in linears and last != "bias":
         return part
     return part.to(torch.float32 if keeps_float32(transformer, name) else TORCH_DTYPES[train_dtype])
-
-
-def refuse_other_weights(source: Path, places: Mapping[str, Place], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ModelError when names or shapes in a folder's files are not those of its config.json."""
-    found = {name: place.shape for name, place in places.items()}
-    if odd := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
-        raise ModelError(f"{source} does not hold the weights of its config.json: {len(odd)} differ, such as {odd[0]}; "
-                         "download it again")  # fmt: skip
 
 
 def quantizing_device() -> torch.device:

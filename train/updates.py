@@ -20,6 +20,11 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def videos_at_once(config: Config) -> int:
+    """Videos per forward pass: batch_size x video_batch_size_multiplier, at least one."""
+    return max(1, round(config.batch_size * config.video_config.video_batch_size_multiplier))
+
+
 def parts_of_weights(config: Config) -> int:
     """Among how many processes the block weights of a full fine-tune are divided (shard.py)."""
     return processes() if config.trains_dit else 1
@@ -33,7 +38,5 @@ def is_blockwise(config: Config) -> bool:
 
 def is_fused(config: Config) -> bool:
     """Whether they are made inside the backward: nothing then needs the gradients of all blocks at once."""
-    whole_batch = (
-        max(1, round(config.batch_size * config.video_config.video_batch_size_multiplier)) == config.batch_size
-    )
+    whole_batch = videos_at_once(config) == config.batch_size
     return is_blockwise(config) and whole_batch and (config.clip == "BLOCK" or not config.max_grad_norm)
