@@ -18,7 +18,7 @@ from encode.preview import contact_sheet, write_sheet
 from shared.errors import StoreError
 from shared.files import sha256_of
 from shared.shards import Index, SampleRecord, shard_folder
-from shared.store import Marker
+from shared.store import Kind, Marker
 from shared.store_read import StoreReader
 
 Decoder = Callable[[NDArray[np.float16]], Frames]
@@ -54,7 +54,8 @@ def check_files(store: Path, markers: Sequence[Marker], advance: Callable[[float
 
 def check_finite(reader: StoreReader, clips: dict[str, str]) -> None:
     """Raise StoreError naming the clip of a row with NaN or infinite values; `clips` maps sample key -> its name."""
-    for kind, table in (("latents", reader.latents), ("cond", reader.cond)):
+    tables: dict[Kind, dict[str, tuple[Path, Marker]]] = {"latents": reader.latents, "cond": reader.cond}
+    for kind, table in tables.items():
         for key in table:
             if not np.isfinite(reader.latent(key, kind)).all():
                 raise StoreError(f"{clips.get(key, key)}: its {kind} row has NaN or infinite values: encoder or "

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 
 from shared.concept import Spans
 from shared.errors import StoreError
@@ -94,6 +94,13 @@ class DatasetList(Record):
     )  # recipe_key of the units to read, per kind: others are stale
 
 
+class ListHead(BaseModel):
+    """A dataset list without its samples, which take most of the time and memory of reading one."""
+
+    version: int
+    recipes: dict[Kind, str] = {}
+
+
 def recipe_key(recipe: dict[str, Any]) -> str:
     """Name of a recipe, as dataset lists hold it."""
     return fingerprint(recipe=recipe)
@@ -138,6 +145,15 @@ def write_dataset(store: Path, dataset: DatasetList) -> None:
 def read_datasets(store: Path) -> list[DatasetList]:
     """All dataset lists of the store, in order of id."""
     return [_read_record(path, DatasetList) for path in sorted((store / "datasets").glob("*.json"))]
+
+
+def read_recipes(store: Path) -> dict[Kind, set[str]]:
+    """recipe_key of the units to read by kind, of all dataset lists together; a kind that none names is left out."""
+    wanted: dict[Kind, set[str]] = {}
+    for path in sorted((store / "datasets").glob("*.json")):
+        for kind, recipe in _read_record(path, ListHead).recipes.items():
+            wanted.setdefault(kind, set()).add(recipe)
+    return wanted
 
 
 def _read_record(path: Path, kind: type[Any]) -> Any:

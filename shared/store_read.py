@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shared.concept import Spans
 from shared.errors import StoreError
-from shared.store import TEXT_CHUNK, Kind, Marker, TextRow, open_store, read_datasets, read_markers, recipe_key
+from shared.store import TEXT_CHUNK, Kind, Marker, TextRow, open_store, read_markers, read_recipes, recipe_key
 
 CRC_RESIDUE = 0x48674BC7  # crc32c of any bytes followed by their own little-endian crc32c
 TOKENS, IDS = "tokens/c/0/0", "ids/c/0"  # data files of a text unit
@@ -76,10 +76,7 @@ class Text:
 
 def fresh_units(store: Path) -> list[Marker]:
     """Units of a store without the stale ones: of each kind, those whose recipe a dataset list names, if any does."""
-    wanted: dict[str, set[str]] = {}
-    for dataset in read_datasets(open_store(store)):
-        for kind, recipe in dataset.recipes.items():
-            wanted.setdefault(kind, set()).add(recipe)
+    wanted = read_recipes(open_store(store))
     return [marker for marker in read_markers(store)
             if marker.kind not in wanted or recipe_key(marker.recipe) in wanted[marker.kind]]  # fmt: skip
 
