@@ -17,7 +17,7 @@ from shared.models import SPECS, ModelSpec, model_spec
 from shared.names import original_name
 from shared.weights import load_transformer
 from tests.shared.originals import fp8_scaled, save, save_dit
-from train.load import SAVED, load_quantized
+from train.load import PIECE, SAVED, load_quantized
 from train.quantize import frozen_linears, store
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16, "text_dim": 32,
@@ -118,7 +118,7 @@ print(memory("VmHWM") * 1024 - before * 1024, stored)
 """
 
 
-def test_peak_beyond_the_stored_bytes_is_a_few_matrices(tmp_path: Path) -> None:
+def test_peak_beyond_the_stored_bytes_is_that_of_the_rows_read_at_a_time(tmp_path: Path) -> None:
     sizes = SIZES | {"num_attention_heads": 8, "attention_head_dim": 128, "ffn_dim": 4096, "num_layers": 6}
     with torch.device("meta"):
         shapes = {name: part.shape for name, part in WanTransformer3DModel(**sizes).state_dict().items()}
@@ -127,9 +127,9 @@ def test_peak_beyond_the_stored_bytes_is_a_few_matrices(tmp_path: Path) -> None:
     save_file({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, tmp_path / "transformer/a.safetensors")
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     peak, stored = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
-    matrix = 4096 * 1024 * 4
-    # for the A14B, whose largest float32 matrix is 283 MB, this bound is 0.9 GB
-    assert peak - stored < 3 * matrix + (64 << 20) < total / 3
+    # rows of PIECE float32 weights are mapped at a time, whatever the size of the model: 64 MiB here (37 measured), of
+    # a full-size ti2v-5b 80 MiB were measured; the A14B's largest matrix alone has 283 MB
+    assert peak - stored < 4 * PIECE < total / 3
 
 
 def test_weights_of_another_shape_are_refused_before_any_is_read(spec: ModelSpec) -> None:
