@@ -26,7 +26,7 @@ from train.lean import LeanOptions, Places, Text, collate_text, lean_forward, pr
 from train.load import load_quantized
 from train.memory import Placement, plan_for_device
 from train.offload import place
-from train.updates import is_blockwise, is_fused
+from train.updates import is_blockwise, is_fused, parts_of_weights
 
 Embed = Callable[[StoredText], Tensor | None]  # (S, text_dim) of a text with its gradient, None: as stored
 CAPTIONS_KEPT = 4096  # projected captions in memory: 0.8 MB each at 80 tokens of A14B
@@ -75,7 +75,7 @@ def placed(transformer: Any, config: Config, device: torch.device, placement: Pl
     """Move a loaded expert to the device as the memory plan says; how to run it from there."""
     parked = config.gradient_checkpointing == "CPU_OFFLOADED" and device.type != "cpu"
     tuned = config.trains_dit
-    runner = place(transformer, placement, parked, device, trained=tuned)
+    runner = place(transformer, placement, parked, device, trained=tuned, moved=parts_of_weights(config) == 1)
     # an update that has begun inside the backward cannot be made again
     may = is_blockwise(config) and not is_fused(config) if tuned else True
     if config.compile:

@@ -70,17 +70,24 @@ class HostBlock:
 
 
 def place(
-    transformer: Any, placement: Placement, parked: bool, device: torch.device, trained: bool = False
+    transformer: Any,
+    placement: Placement,
+    parked: bool,
+    device: torch.device,
+    trained: bool = False,
+    moved: bool = True,
 ) -> "BlockRunner":
     """Move a DiT to the device, its streamed blocks' matrices to pinned RAM; returns what runs its blocks.
 
     Streamed blocks are spread evenly, so that each copy has several blocks' time, and are always computed again; of the
-    others, the leading ones. `trained`: the matrices themselves are, so that they change.
+    others, the leading ones. `trained`: the matrices themselves are, so that they change. `moved`: else what stays on
+    the device is left where it is, to be divided first (shard.py).
     """
     blocks = transformer.blocks
     streamed = spread(placement.streamed, len(blocks))
     hosts = {index: to_host(blocks[index], device, trained) for index in streamed}
-    transformer.to(device)
+    if moved:
+        transformer.to(device)
     for host in hosts.values():
         host.take_away(device)
     kept = [index for index in range(len(blocks)) if index not in hosts]

@@ -24,7 +24,10 @@ Parts = dict[str, nn.Parameter]
 
 
 def divide(model: Model, group: Group) -> Model:
-    """Divide the block weights of a loaded DiT; forwards run through FSDP2's hooks from then on."""
+    """Divide the block weights of a loaded DiT; forwards run through FSDP2's hooks from then on.
+
+    It is in RAM until then: FSDP2 moves one block at a time to the device and keeps a part of it there.
+    """
     transformer, run_block = model.transformer.requires_grad_(True), model.options.run_block or block_forward
     mesh = init_device_mesh(model.device.type, (group.world,))
     storage = transformer.blocks[0].attn1.to_q.weight.dtype
@@ -35,6 +38,8 @@ def divide(model: Model, group: Group) -> Model:
         hook(fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole), "lean")
     transformer.lean = MethodType(lean_forward, transformer)
     hook(fully_shard(transformer, mesh=mesh, ignored_params=whole), "lean")
+    for part in whole:
+        part.data = part.data.to(model.device)
     return replace(model, options=replace(model.options, run_block=run_hooked), forward=forward_hooked)
 
 
