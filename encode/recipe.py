@@ -1,7 +1,8 @@
 """How rows are made: recipes, which decide whether a stored row is fresh. Input: config and model.
 
 A recipe holds everything that changes a row beside its own input: weights, arithmetic, tiling, the version of our code.
-Device, batch and chunk are not in it: they move a row by at most one float16 step.
+Device, batch and chunk are not in it: they move a row by at most one float16 step, or in fewer bits by the rounding of
+that precision.
 """
 
 from encode.plan import ENCODE_VERSION, Recipe

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from encode.__main__ import encode
+from encode.budget import Effort
 from encode.pixels import read_samples
 from encode.plan import Part
 from encode.recipe import recipes
@@ -210,6 +211,21 @@ def test_encoding_again_gives_the_same_bytes(work: Path, model: Path) -> None:
     store.rename(work / "old.zarr")
     run(work, model)
     assert {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()} == first
+
+
+def test_encoding_in_other_batches_and_chunks_moves_a_value_by_one_float16_step_at_most(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_of(tmp_path, [add_shard(tmp_path, "a.tar", range(3), size=(13, 32, 48))])
+    rows = []
+    for effort in (Effort(3, None), Effort(2, 1), Effort(1, 2)):
+        monkeypatch.setattr("encode.worker.choose_effort", lambda *_, effort=effort: effort)
+        reader = StoreReader([run(tmp_path, model)])
+        rows.append(np.stack([reader.latent(sample.key) for sample in index.samples]))
+        shutil.rmtree(tmp_path / "latents.zarr")
+    step = np.spacing(np.maximum(np.abs(rows[0]), np.float16(2**-6)))  # next to zero float32 rounds more coarsely
+    for other in rows[1:]:
+        assert (np.abs(other.astype(np.float64) - rows[0]) <= step).all()
 
 
 def test_parts_make_together_what_one_makes_alone(work: Path, model: Path) -> None:
