@@ -1,6 +1,7 @@
 """Texts become what diffusers' WanPipeline makes of them, real tokens only."""
 
 import html
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from safetensors.torch import load_file, save_file
 
 from encode.text import TOKENS_PER_BATCH, TextEncoder, clean, length_batches, token_ids, tokenized
+from shared.codes import SCHEMES, Stored
 from shared.config import EmbeddingConfig
 from shared.errors import ConfigError, ModelError
 from shared.models import TEXT_LENGTH, model_spec
@@ -60,6 +63,28 @@ def test_block_by_block_is_the_whole_model_to_the_bit(model: Path, dtype: torch.
         embedded(model, ["a red ball rolls", "a blue cube jumps"], dtype), whole_BSd, strict=True
     ):
         np.testing.assert_array_equal(row_Sd, whole_Sd[: len(row_Sd)])
+
+
+@pytest.mark.parametrize("storage", SCHEMES)
+def test_stored_in_fewer_bits_it_computes_with_what_the_codes_stand_for(
+    model: Path, tmp_path: Path, storage: str
+) -> None:
+    encoder, texts = encoder_of(model, torch.bfloat16), ["a red ball rolls left", "two dogs"]
+    ids, copy, scheme = token_ids(encoder.tokenizer, texts), tmp_path / "decoded", SCHEMES[storage]
+    shutil.copytree(model, copy)
+    path = copy / "text_encoder/model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if ".block." in name and "layer_norm" not in name and "bias" not in name:
+            codes, scale = scheme.encode(weight.float())
+            weights[name] = scheme.decode(Stored(codes, scale), tuple(weight.shape), torch.bfloat16).float()
+    save_file(weights, path, {"format": "pt"})
+    stored = TextEncoder(model, torch.bfloat16, torch.device("cpu"), storage).embed(ids, lambda share: None)
+    for row, expected, plain in zip(
+        stored, embedded(copy, texts, torch.bfloat16), encoder.embed(ids, lambda share: None), strict=True
+    ):
+        np.testing.assert_array_equal(row, expected)
+        assert 0 < np.linalg.norm(row - plain) < 0.5 * np.linalg.norm(plain)
 
 
 def test_a_text_ends_with_its_end_token_and_has_at_most_512(model: Path) -> None:
