@@ -88,6 +88,12 @@ def test_a_weight_between_two_nf4_values_gets_the_lower_one() -> None:
     assert torch.equal(bytes_of, quantize_4bit(weight, quant_type="nf4", blocksize=64)[0].flatten())
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("FLOAT_8", 448.0), ("INT_8", 127.0)])
+def test_the_largest_weight_of_each_row_has_the_largest_code(dtype: StorageDtype, largest: float) -> None:
+    codes = store(torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), dtype).codes
+    assert codes.float().abs().amax(1).tolist() == [largest] * 5
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("FLOAT_8", 2**-4), ("INT_8", 0.5 / 127)])
 def test_scaled_codes_err_by_at_most_half_a_step(dtype: str, bound: float) -> None:
     linear, stored = layer(dtype)
