@@ -195,7 +195,8 @@ def linears(hidden: Tensor, layers: Sequence[nn.Module], fuse: bool = True) -> l
             outputs.append(layer(hidden))
             continue
         low = next(lowered).flatten(0, -2)
-        output = layer.base_layer(hidden.flatten(0, -2))  # two dimensions: a view could not be added to so cheaply
+        base: Any = layer.base_layer
+        output = base(hidden.flatten(0, -2))  # two dimensions: a view could not be added to so cheaply
         output.addmm_(low, adapter.up_dr.to(low.dtype).t(), alpha=adapter.scaling)
         outputs.append(output.view(*hidden.shape[:-1], -1))
     return outputs
