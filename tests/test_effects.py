@@ -61,7 +61,8 @@ train/test_merge :: what_is_stored_is_the_merged_weight : base_adapters
 train/test_memory :: auto_takes_the_first_placement_that_fits : gradient_checkpointing layer_offload_fraction
 train/test_memory :: flops_are_those_torch_counts_in_a_real_step : transformer.weight_dtype
 train/test_text_encoder :: frozen_weights_are_stored_as_asked : text_encoder.weight_dtype
-encode/test_encode :: a_changed_setting_makes_exactly_its_part_stale : vae.weight_dtype vae.tiling
+encode/test_encode :: weights_are_used_in_the_precision_that_is_set : vae.weight_dtype
+encode/test_encode :: tiles_are_encoded_where_they_are_asked_for : vae.tiling
 shared/test_single_file :: settings_name_files : vae.model_name text_encoder.model_name
 shared/test_config :: wanted_compression_scales_sides_frames_and_fps_together : resolution \
 video_config.spatial_compression_ratio video_config.temporal_compression_ratio

@@ -190,6 +190,17 @@ def test_weights_are_used_in_the_precision_that_is_set(work: Path, model: Path, 
     assert rows(copy, "FLOAT_32") != rows(model, "FLOAT_32")
 
 
+def test_tiles_are_encoded_where_they_are_asked_for(tmp_path: Path, model: Path) -> None:
+    """diffusers' tiles have 256 pixels a side: a frame of 288 is cut, one of 64 is not."""
+    index = index_of(tmp_path, [add_shard(tmp_path, f"{side}.tar", (1,), True, (1, side, side)) for side in (288, 64)])
+    whole, tiled = (
+        [StoreReader([store]).latent(sample.key) for sample in index.samples]
+        for store in (run(tmp_path, model).rename(tmp_path / "whole.zarr"), run(tmp_path, model, "vae.tiling=true"))
+    )
+    assert not np.allclose(whole[0], tiled[0], atol=0.01)
+    np.testing.assert_allclose(whole[1].astype(np.float32), tiled[1], rtol=2e-3, atol=2e-3)
+
+
 def test_other_vae_weights_make_latents_stale_and_keep_texts(
     work: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
