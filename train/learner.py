@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import AdamW
 
 from train import checkpoint
 from train.adapter import copy_into
@@ -76,8 +77,15 @@ class Learner:
         clip_grads_with_norm_(self.trained.values(), limit or torch.inf, norm)
         return norm
 
-    def step(self) -> None:
-        """One update, and the averages after it."""
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether the device can leave an update out by itself: by torch's fused AdamW, with nothing beside it."""
+        return type(self.optimizer) is AdamW and self.average is None and self.scale is None
+
+    def step(self, found: Tensor) -> None:
+        """One update, and the averages after it; left out where that can be told on the device, by what was `found`."""
+        if self.skips_on_device:  # as torch.amp.GradScaler tells the fused optimizers
+            self.optimizer.found_inf = (~found.isfinite().all()).to(torch.float32)  # type: ignore[union-attr]
         self.optimizer.step()
         if self.average is not None:
             self.average.update()

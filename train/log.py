@@ -56,8 +56,7 @@ class RunLog:
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("train", total=total, completed=done, line=f"{done}/{total} loading")
         self.total, self.loss, self.said = total, float("nan"), 0.0
-        self.clock = self.started = time.perf_counter()
-        self.waited, self.first = 0.0, done
+        self.spent, self.waited, self.first = 0.0, 0.0, done  # seconds in steps, and those of them without data
 
     def __enter__(self) -> "RunLog":
         self.progress.start()
@@ -104,11 +103,9 @@ class RunLog:
         value = Summary.Value(tag=tag, image=image)
         self.board.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
 
-    def step(self, row: dict[str, Any], samples: int, waited: float) -> None:
-        """One update: `row` holds step, loss, lr, grad_norm; `waited` are the seconds it waited for data."""
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        self.waited += waited
+    def step(self, row: dict[str, Any], samples: int, seconds: float, waited: float) -> None:
+        """One update: `row` holds step, loss, lr, grad_norm; of its seconds it waited some for data."""
+        self.spent, self.waited = self.spent + seconds, self.waited + waited
         timing = {
             "seconds": seconds,
             "samples_per_second": samples / seconds,
@@ -118,19 +115,19 @@ class RunLog:
         self.row({"event": "step", **row}, timing)
         if row["loss"] is not None:
             self.loss = row["loss"] if self.loss != self.loss else SMOOTH * self.loss + (1 - SMOOTH) * row["loss"]
-        self.show(row, samples, now)
+        self.show(row, samples)
 
-    def show(self, row: dict[str, Any], samples: int, now: float) -> None:
+    def show(self, row: dict[str, Any], samples: int) -> None:
         """Refresh the live line, or print a plain one now and then."""
-        rate = (row["step"] - self.first) / (now - self.started)
+        rate = (row["step"] - self.first) / self.spent
         eta = hours((self.total - row["step"]) / rate)
         line = (
             f"{row['step']}/{self.total} ETA {eta} loss {self.loss:.4f} lr {row['lr']:.1e} {rate:.3g} step/s "
-            f"{rate * samples:.3g} samples/s wait {self.waited / (now - self.started):.0%} {peak_memory():.1f} GiB"
+            f"{rate * samples:.3g} samples/s wait {self.waited / self.spent:.0%} {peak_memory():.1f} GiB"
         )
         if not self.progress.disable:
             self.progress.update(self.task, completed=row["step"], line=line)
-        elif now - self.said > PLAIN_SECONDS or row["step"] == self.total:
+        elif (now := time.perf_counter()) - self.said > PLAIN_SECONDS or row["step"] == self.total:
             self.said = now
             self.say(f"step {line}")
 
@@ -156,11 +153,6 @@ class RunLog:
                 self.say(text)
 
         return advance
-
-    def resume_clock(self) -> None:
-        """Leave out what happened since the last step (validation, previews) from the next step's time."""
-        self.started += time.perf_counter() - self.clock
-        self.clock = time.perf_counter()
 
     def length(self) -> int:
         """Bytes of events.jsonl, safely on disk."""
@@ -196,7 +188,7 @@ class NoLog(RunLog):
     def picture(self, tag: str, step: int, png: bytes) -> None:
         """Nothing."""
 
-    def step(self, row: dict[str, Any], samples: int, waited: float) -> None:
+    def step(self, row: dict[str, Any], samples: int, seconds: float, waited: float) -> None:
         """Nothing."""
 
     def doing(self, text: str) -> None:
@@ -205,9 +197,6 @@ class NoLog(RunLog):
     def between(self, name: str, total: int) -> Callable[[float], None]:
         """Nothing."""
         return lambda count: None
-
-    def resume_clock(self) -> None:
-        """Nothing."""
 
     def length(self) -> int:
         """Nothing."""

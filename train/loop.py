@@ -20,6 +20,7 @@ from train.objective import micro_loss
 from train.offload import BlockRunner, with_room
 from train.optim import set_rate
 from train.phases import Phase
+from train.reading import Copied, Reading
 from train.task import Task
 
 
@@ -36,30 +37,30 @@ def train(task: Task) -> None:
 
 def train_phase(task: Task, phase: Phase) -> None:
     """Train one expert."""
-    config, log = task.run.config, task.log
+    config = task.run.config
     learner = task.load(phase)
     if task.done == phase.first:
         task.look(learner, phase, task.done)  # validation and preview of what there was before
     span, device = (task.done, phase.stop), learner.model.device
     batches = prefetch(task.data.reader, task.plan, phase.law, span, task.group, device)
-    log.resume_clock()
     while task.done < phase.stop:
-        waiting = time.perf_counter()
+        began = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - waiting
+        waited = time.perf_counter() - began
         rate = set_rate(learner.optimizer, config, task.done - phase.first, phase.steps)
         loss = with_room(partial(accumulate, learner, batch, config), partial(make_room, task, learner))
         learner.sum_gradients(task.group)
         norm = learner.clip(config.max_grad_norm, task.group)
-        numbers = torch.stack([task.agree(loss), norm]).tolist()
-        skipped = task.guard(numbers, learner.scale)
-        if not skipped:
-            learner.step()
-        learner.optimizer.zero_grad()
+        found = torch.stack([task.agree(loss), norm])
         task.done += 1
-        row = dict(zip(("loss", "grad_norm"), (None, None) if skipped else numbers, strict=True))
+        numbers = Copied(found)
+        skipped = None if learner.skips_on_device else task.guard(task.done, numbers.tolist(), learner.scale)
+        if not skipped:
+            learner.step(found)
+        learner.optimizer.zero_grad()
         samples = sum(len(slots.captions) for slots in batch) * task.group.world
-        log.step({"step": task.done, "expert": phase.expert, "lr": rate, **row}, samples, waited)
+        row = {"step": task.done, "expert": phase.expert, "lr": rate}
+        task.keep(Reading(row, numbers, samples, began, waited, skipped))
         task.after_step(learner, phase)
 
 

@@ -22,6 +22,7 @@ from train.log import RunLog, cut_events
 from train.model import load_model
 from train.phases import Due, Phase, make_phases
 from train.preview import Previews
+from train.reading import Reading
 from train.run import Run
 from train.sample import ensure_texts
 from train.scale import LossScale
@@ -44,6 +45,7 @@ class Task:
     group: Group = ALONE
     loader: Loader = load_model
     stopping: int = 0  # the signal that asked to stop
+    unsettled: Reading | None = None  # the last step, while its numbers are on their way
     phases: list[Phase] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +118,27 @@ class Task:
             self.log.row({"event": "validation", "step": step, "expert": phase.expert, **losses})
             self.log.say(f"step {step} {phase.expert} validation loss {losses['loss']:.4f}")
 
-    def guard(self, numbers: list[float], scale: LossScale | None) -> bool:
+    def keep(self, reading: Reading) -> None:
+        """Log the step before this one, and this one too unless its numbers are still on their way."""
+        self.settle()
+        reading.end()
+        self.unsettled = reading
+        if reading.skipped is not None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read and log the numbers that were not waited for."""
+        if (reading := self.unsettled) is None:
+            return
+        self.unsettled = None
+        numbers, skipped = reading.numbers.tolist(), reading.skipped
+        if skipped is None:
+            skipped = self.guard(reading.row["step"], numbers, None)
+        loss, norm = (None, None) if skipped else numbers
+        row = reading.row | {"loss": loss, "grad_norm": norm}
+        self.log.step(row, reading.samples, reading.seconds, reading.waited)
+
+    def guard(self, step: int, numbers: list[float], scale: LossScale | None) -> bool:
         """Whether to skip an update because loss or gradient are not finite; gives up after several in a row.
 
         Gradients that overflow at a loss scale that can go down are the scale's fault, and not counted in the row.
@@ -128,7 +150,7 @@ class Task:
                 scale.after(overflowed=False)
             return False
         self.skipped += 1
-        message = f"step {self.done + 1}: loss {loss}, gradient norm {norm}: update skipped"
+        message = f"step {step}: loss {loss}, gradient norm {norm}: update skipped"
         if scale is not None and math.isfinite(loss) and not scale.at_floor:
             scale.after(overflowed=True)
             self.log.say(f"{message}, the loss scale is {scale.value:g} now")
@@ -153,9 +175,11 @@ class Task:
 
     def after_step(self, learner: Learner, phase: Phase) -> None:
         """Everything that is due now; the checkpoint comes last, so that it covers the rest."""
+        end = self.done == phase.stop
+        check, sample, save, backup = self.due(end) if self.joins else [end] * 4
+        if any((check, sample, save, backup, self.stopping)):
+            self.settle()
         if self.joins:
-            end = self.done == phase.stop
-            check, sample, save, backup = self.due(end)
             if check or sample:
                 with learner.evaluated():
                     if check:
@@ -168,7 +192,6 @@ class Task:
                 self.write_checkpoint(learner, phase, must=bool(end or self.stopping))
         self.stop_if_asked()
         self.previews.decode_next()
-        self.log.resume_clock()
 
     def stop_if_asked(self) -> None:
         """End the process the way its signal would have, saying what is saved and how to go on."""

@@ -58,12 +58,12 @@ def our_step(run: Run, spec: ModelSpec, reader: StoreReader, slots: Slots) -> Ca
 
     def step() -> float:
         rate = set_rate(learner.optimizer, run.config, 0, 1)
-        loss = accumulate(learner, [slots], run.config, 0)
+        loss = accumulate(learner, [slots], run.config)
         learner.sum_gradients(alone)
         norm = learner.clip(run.config.max_grad_norm, alone)
-        learner.step()
+        learner.step(torch.stack([loss, norm]))
         learner.optimizer.zero_grad()
-        return float(torch.stack([loss, norm])[0]) + 0 * rate
+        return float(loss) + 0 * rate
 
     step.tensors = {name: part.detach().clone() for name, part in trained.items()}  # type: ignore[attr-defined]
     return step

@@ -111,6 +111,25 @@ def test_losses_that_are_not_finite_are_skipped_and_end_a_run_that_is_lost(singl
     assert all(value.isfinite().all() for value in trained(run).values())
 
 
+def test_an_update_that_the_device_leaves_out_is_one_that_the_host_leaves_out(single: Made, tmp_path: Path) -> None:
+    """With an average beside the weights the host decides before the update; without, the device does."""
+    samples = [listed(number, single[1], weight=3e38 if number == 2 else 1.0) for number in range(4)]
+    store = make_store(tmp_path / "s.zarr", single[1], samples)
+    runs = []
+    for ema in (None, 0.5):
+        settings = config(single[0], ema=ema, batch_size=1, max_steps=9, backup_after=7)
+        runs.append(make_run(tmp_path / f"ema{ema}", settings, store))
+        start(runs[-1], finished=False)
+    device, host = (checkpoint.latest(run.folder) or Path() for run in runs)
+    losses = [row["loss"] for row in events(runs[0]) if row["event"] == "step"]
+    assert events(runs[0]) == events(runs[1]) and losses.count(None) == checkpoint.read_state(device).skipped == 2
+    ours, theirs = (checkpoint.read_optimizer(saved)["state"] for saved in (device, host))
+    assert ours[0]["step"] == 7
+    for name, state in ours.items():
+        assert all(torch.equal(value, theirs[name][kind]) for kind, value in state.items())
+    assert all(torch.equal(value, trained(runs[1])[name]) for name, value in trained(runs[0]).items())
+
+
 def test_gradients_are_clipped_and_rates_are_the_parts_own(single: Made, tmp_path: Path) -> None:
     def weights(name: str, **changes: Any) -> dict[str, torch.Tensor]:
         base = {"max_steps": 2, "warmup_steps": 0, "lr_scheduler": "CONSTANT", "optimizer": {"eps": 1.0}}
