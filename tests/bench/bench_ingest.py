@@ -21,7 +21,7 @@ from shared.resolve import Choice
 from shared.shards import Index, read_index, shard_folder
 from tests.bench.harness import Pair
 
-CLIPS, LONG_SECONDS = 40, 60
+CLIPS, LONG_SECONDS = 20, 60
 SPAN = 33 / 24  # seconds of a sample
 SETTINGS = (
     "resolution=480 frames=33 video_config.target_fps=24 windows_per_clip=1 gates.near_duplicate=null gates.frozen=null"
@@ -99,7 +99,7 @@ def all_kept(index: Index, paths: list[Path]) -> None:
 
 
 def convert_pairs() -> Iterator[Pair]:
-    """ingest-convert: one sample of each of 40 clips, over the best ffmpeg command by hand, and over decoding alone."""
+    """ingest-convert: one sample of each of 20 clips, over the best ffmpeg command by hand, and over decoding alone."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "data").mkdir()

@@ -136,6 +136,18 @@ def step_demo() -> Iterator[Pair]:
             yield Pair(item, ours, stock, "stock diffusers + peft + AdamW", near, clock="cpu", rounds=7, unit="step")
 
 
+def step_compiled() -> Iterator[Pair]:
+    """The step of `step`, its blocks compiled, over itself uncompiled; compiling is not counted."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run, spec, reader = made(folder)
+        sample = listed(0, spec, CLIP, captions=(caption_key(CAPTION),))
+        (slots,) = load_step(reader, run.config, SigmaLaw("UNIFORM", 1.0), 0, [Draw(sample, "sample0")])
+        wanted = make_run(folder / "compiled", run.config.model_copy(update={"compile": True}), folder / "s.zarr")
+        ours, plain = our_step(wanted, spec, reader, slots), our_step(run, spec, reader, slots)
+        yield Pair("step-compiled", ours, plain, "the same, uncompiled", near, clock="cpu", rounds=7, unit="step")
+
+
 STOCK_START = """
 import sys, torch, torch.nn.functional as F
 from diffusers import WanTransformer3DModel
@@ -188,4 +200,4 @@ def start() -> Iterator[Pair]:
         yield Pair("resume", resume, fresh, "a fresh start", both_end_well, clock="cpu", unit="resume")
 
 
-ITEMS = {"step": step, "step-demo": step_demo, "start": start}
+ITEMS = {"step": step, "step-compiled": step_compiled, "step-demo": step_demo, "start": start}
