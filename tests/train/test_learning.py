@@ -19,10 +19,12 @@ from train.data import Draw, load_step
 from train.flow import SigmaLaw
 from train.model import TextBank, load_model
 from train.objective import micro_loss
+from train.run import Run
 from train.session import start
 
 SEEDS = [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)]
 SIZE = (5, 32, 32)
+CLIPS = [listed(number, model_spec("tiny"), SIZE) for number in range(4)]
 
 
 def tiny(**changes: Any) -> Config:
@@ -35,11 +37,11 @@ def tiny(**changes: Any) -> Config:
 def test_each_expert_lowers_the_loss_on_its_own_range(tmp_path: Path, seed: int) -> None:
     settings = tiny(base_model_name="tiny-a14b", max_steps=80, expert_share=0.5, seed=seed)
     spec = model_spec("tiny-a14b")
-    store = make_store(tmp_path / "s.zarr", spec, [listed(number, spec, SIZE) for number in range(4)])
+    store = make_store(tmp_path / "s.zarr", spec, CLIPS)
     run = make_run(tmp_path / "run", settings, store)
     start(run, finished=False)
     reader = StoreReader([store])
-    draws = [Draw(listed(number, spec, SIZE), f"sample{number}") for number in range(4)]
+    draws = [Draw(clip, clip.keys[0]) for clip in CLIPS]
     ranges = {"high_noise": SigmaLaw("UNIFORM", 1.0, 0.875, 1.0), "low_noise": SigmaLaw("UNIFORM", 1.0, 0.0, 0.875)}
 
     def losses(expert: str | None) -> dict[str, float]:
@@ -63,13 +65,46 @@ def test_each_expert_lowers_the_loss_on_its_own_range(tmp_path: Path, seed: int)
         assert gains[expert][expert] > gains[other][expert]
 
 
+def fine_tune(folder: Path, seed: int, **changes: Any) -> Run:
+    """All weights of the tiny model trained on four clips of noise, each with a caption of its own."""
+    spec = model_spec("tiny")
+    settings = tiny(training_method="FINE_TUNE", output_model_format="SAFETENSORS", timestep_stratified=True, seed=seed,
+                    **changes)  # fmt: skip
+    run = make_run(folder / "run", settings, make_store(folder / "s.zarr", spec, CLIPS))
+    start(run, finished=False)
+    return run
+
+
+def step_losses(run: Run) -> list[float]:
+    return [row["loss"] for row in events(run) if row["event"] == "step"]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_fine_tune_memorises_four_clips(tmp_path: Path, seed: int) -> None:
-    settings = tiny(training_method="FINE_TUNE", output_model_format="SAFETENSORS", learning_rate=1e-3, max_steps=120,
-                    seed=seed, timestep_stratified=True)  # fmt: skip
-    spec = model_spec("tiny")
-    store = make_store(tmp_path / "s.zarr", spec, [listed(number, spec, SIZE) for number in range(4)])
-    run = make_run(tmp_path / "run", settings, store)
-    start(run, finished=False)
-    losses = [row["loss"] for row in events(run) if row["event"] == "step"]
+    """7 % of the first loss is left after 120 updates."""
+    losses = step_losses(fine_tune(tmp_path, seed, learning_rate=1e-3, max_steps=120))
     assert sum(losses[-10:]) / 10 < 0.14 * losses[0]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(3))
+def test_a_longer_fine_tune_brings_the_loss_of_four_clips_near_zero(tmp_path: Path, seed: int) -> None:
+    """0.36, 0.58 and 0.61 % of the first loss are left over the last 50 updates, with seeds 0, 1 and 2.
+
+    Of what is left nearly all is near sigma 0: 0.63 to 0.67 for sigma below 0.02, 0.08 up to 0.1 and 0.007 above,
+    where it was 11, 12 and 4. The caption says which clip it is, so the noise follows from it and the input, and the
+    least loss is 0; but that divides a small difference by sigma: near 0 a model that knows the clip and cannot tell
+    the noise at all has a loss of 1.
+    """
+    changes = {"learning_rate": 3e-3, "lr_scheduler": "COSINE", "max_steps": 2000}
+    run = fine_tune(tmp_path, seed, **changes)
+    losses = step_losses(run)
+    assert sum(losses[-50:]) / 50 < 0.0125 * losses[0]
+    reader = StoreReader(run.stores)
+    model = load_model(run.spec, "single", run.config, torch.device("cpu"))
+    copy_into(dict(model.transformer.named_parameters()), trained(run), "run")
+    bank, draws = TextBank(model, reader, trained=True), [Draw(clip, clip.keys[0]) for clip in CLIPS]
+    for low, high, most in ((0.0, 0.02, 1.0), (0.02, 0.1, 0.2), (0.1, 1.0, 0.015)):
+        parts = load_step(reader, run.config, SigmaLaw("UNIFORM", 1.0, low, high), 10_000, draws * 16)
+        with torch.no_grad():
+            assert sum(float(micro_loss(model, bank, slots, run.config)) for slots in parts) < most
