@@ -141,6 +141,17 @@ def trained(run: Run, expert: str = "single", kind: str = "weights") -> dict[str
     return read_tensors(latest(run.folder) or Path(), f"{kind}_{expert}")
 
 
+def equal(ours: Any, theirs: Any) -> bool:
+    """Whether two states (tensors in dicts and lists) are equal bit for bit."""
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(equal(value, theirs[name]) for name, value in ours.items())
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return bool(ours == theirs)
+
+
 def make_all(folder: Path, count: int = 10, pair: bool = False) -> tuple[Path, ModelSpec, Path]:
     """(model folder, its facts, store of `count` samples)."""
     model = make_model(folder / "model", pair)

@@ -18,7 +18,17 @@ from shared.models import ModelSpec, spec_of_folder
 from shared.store_read import StoreReader
 from shared.weights import load_transformer
 from tests.train.children import child
-from tests.train.make import add_text_encoder, config, events, listed, make_model, make_run, make_store, trained
+from tests.train.make import (
+    add_text_encoder,
+    config,
+    equal,
+    events,
+    listed,
+    make_model,
+    make_run,
+    make_store,
+    trained,
+)
 from train import checkpoint
 from train.adapter import add_adapter
 from train.embedding import OutputConcept, first_rows
@@ -93,8 +103,9 @@ def test_a_method_lowers_the_held_out_loss_and_resumes_bit_equal(zorbs: Made, tm
     process.kill()
     process.join()
     start(broken, finished=False)
-    ours, theirs = trained(whole), trained(broken)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert equal(trained(whole), trained(broken))
+    states = [checkpoint.read_optimizer(checkpoint.latest(run.folder) or Path()) for run in (whole, broken)]
+    assert states[0] and equal(*states)
     assert events(whole) == events(broken)
     assert list(whole.folder.glob("whole*"))
 

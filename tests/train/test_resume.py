@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from shared.config import Config
+from shared.keys import caption_key
 from shared.models import ModelSpec
 from tests.train.children import child
-from tests.train.make import config, events, make_run, trained
+from tests.train.make import config, equal, events, listed, make_run, make_store, trained
 from train import checkpoint
 from train.run import Run
 from train.session import start
@@ -22,17 +23,12 @@ BASE: dict[str, Any] = {"max_steps": 8, "backup_after": 3, "ema": 0.9, "resoluti
                         "video_config": {"video_batch_size_multiplier": 0.5}}  # fmt: skip
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 def assert_same_runs(ours: Run, theirs: Run, experts: tuple[str, ...]) -> None:
     for expert in experts:
         for kind in ("weights", "average"):
-            assert same(trained(ours, expert, kind), trained(theirs, expert, kind))
-    states = [checkpoint.read_optimizer(checkpoint.latest(run.folder) or Path())["state"] for run in (ours, theirs)]
-    assert all(torch.equal(states[0][number][name], states[1][number][name])
-               for number in states[0] for name in states[0][number])  # fmt: skip
+            assert equal(trained(ours, expert, kind), trained(theirs, expert, kind))
+    states = [checkpoint.read_optimizer(checkpoint.latest(run.folder) or Path()) for run in (ours, theirs)]
+    assert states[0] and equal(*states)
     assert events(ours) == events(theirs)
 
 
@@ -42,8 +38,29 @@ def test_killed_at_random_moments_a_run_ends_bit_equal(
     mixed: Made, pair: Made, tmp_path: Path, experts: Any, seed: int
 ) -> None:
     model, _, store = mixed if len(experts) == 1 else pair
-    settings = config(model, **BASE)
-    whole, broken = (make_run(tmp_path / name, settings, store) for name in ("whole", "broken"))
+    kill_and_compare(tmp_path, config(model, **BASE), store, experts, seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("method", ["FINE_TUNE", "EMBEDDING"])
+def test_killed_at_random_moments_every_method_ends_bit_equal(
+    single: Made, tmp_path: Path, method: str, seed: int
+) -> None:
+    """With accumulation, averages and several buckets, as above; one kill without them is in test_method.py."""
+    model, spec, _ = single
+    settings = config(model, **BASE, training_method=method, output_model_format="SAFETENSORS")
+    text = f"{settings.embedding.placeholder} here"
+    samples = [
+        listed(number, spec, (9, 32, 32 + 16 * (number % 2)), captions=(caption_key(text),)) for number in range(8)
+    ]
+    store = make_store(tmp_path / "s.zarr", spec, samples, (text,), settings.embedding)
+    kill_and_compare(tmp_path, settings, store, ("single",), seed)
+
+
+def kill_and_compare(folder: Path, settings: Config, store: Path, experts: tuple[str, ...], seed: int) -> None:
+    """A run left alone, and one that is killed four times."""
+    whole, broken = (make_run(folder / name, settings, store) for name in ("whole", "broken"))
     began = time.monotonic()
     start(whole, finished=False)
     length, dice = time.monotonic() - began, random.Random(f"{seed} {experts}")
@@ -52,6 +69,7 @@ def test_killed_at_random_moments_a_run_ends_bit_equal(
         if turn:
             time.sleep(dice.uniform(0.1, 1.2) * length)
         while not turn and checkpoint.latest(broken.folder) is None:  # one at least is to be gone on from
+            assert process.is_alive()
             time.sleep(0.005)
         process.kill()
         process.join()
