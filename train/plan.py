@@ -30,7 +30,7 @@ from train.memory import (
 )
 from train.quantize import TORCH_DTYPES
 from train.states import SLOTS, trained_bytes
-from train.updates import is_blockwise, is_fused, processes
+from train.updates import is_blockwise, is_fused, processes, processes_here
 
 EMBEDDING_CARD = 16  # GiB; the preset's name does not say it
 EFFICIENCY = 0.6  # share of the matrix product's rate that a whole step reaches (assumed)
@@ -141,7 +141,7 @@ def work_lines(plan: MemoryPlan, config: Config, steps: int | None, device: torc
                 "estimate"]  # fmt: skip
     seconds = plan.step_flops / (matmul_rate(device, config) * EFFICIENCY)
     total = f", {seconds * steps / 3600:.2g} h in all" if steps else ""
-    return [*lines, f"  time: {seconds:.2g} s per step{total} (predicted from the rate of a matrix product here)"]
+    return [*lines, f"  time: {seconds:.2g} s per step{total} (predicted from the rate of a matrix product now)"]
 
 
 def tera(flops: int) -> str:
@@ -224,6 +224,6 @@ def verdict(plan: MemoryPlan, config: Config, spec: ModelSpec, source: str) -> s
         return f"verdict: fits {source}{left} (for a GPU, name its GiB: CARD=16)"
     assert plan.room.device is not None
     ram = f"{plan.ram / GIB:.1f} GiB of RAM are needed beside it"
-    if plan.room.ram is None and plan.ram > (here := available_ram()):
-        ram += f" (this computer has {here / GIB:.1f} GiB free now)"
+    if plan.room.ram is None and plan.ram > (here := available_ram() // processes_here()):
+        ram += f" (this computer could give a process {here / GIB:.1f} GiB now)"
     return f"verdict: fits {source}, {(plan.room.device - plan.need) / GIB:.1f} GiB are left; {ram}"

@@ -23,8 +23,11 @@ from train.memory import (
     MemoryPlan,
     Placement,
     Room,
+    add_up,
     available_ram,
+    block_cost_of,
     largest_bucket,
+    placements,
     plan_memory,
     weight_cost_of,
 )
@@ -91,7 +94,9 @@ def test_short_of_ram_beside_a_gpu_the_placement_is_the_fastest_that_fits_the_de
 
 def test_changes_that_training_would_refuse_are_not_proposed() -> None:
     cfg = config(**TUNED, optimizer={"name": "PRODIGY"})
-    least = planned(cfg, Room(0)).need
+    bucket = largest_bucket(cfg, SMALL)
+    costs = weight_cost_of(SMALL, cfg), block_cost_of(SMALL, cfg, bucket)
+    least = min(add_up(cfg, SMALL, costs, (bucket, place), Room(None)).need for place in placements(cfg, 4))
     for room in (Room(least - (1 << 18)), Room(least - (1 << 20))):
         assert not planned(cfg, room).fits and ways_to_fit(cfg, SMALL, room)
         for way in ways_to_fit(cfg, SMALL, room):
