@@ -73,8 +73,7 @@ def encode(work: Path, store: Path, part: Part, resolved: Resolved) -> None:
         if plan.rows:
             from encode.worker import Job, run  # torch and diffusers: seconds that an up-to-date store does not need
 
-            with progress("encode", plan.rows) as advance:
-                run(Job(work, store, resolved.config, resolved.spec, wanted), plan, advance)
+            run(Job(work, store, resolved.config, resolved.spec, wanted), plan)
         write_dataset(store, dataset_list(index, wanted))
     click.echo(f"{store}: complete" + (f" (part {part})" if part.count > 1 else "; next: make train"))
 
@@ -138,7 +137,7 @@ def prompts(work: Path, store: Path | None, choice: Choice, texts: tuple[str, ..
         if plan.rows:
             from encode.worker import Job, run
 
-            run(Job(work, store, resolved.config, resolved.spec, recipe), plan, lambda count: None)
+            run(Job(work, store, resolved.config, resolved.spec, recipe), plan)
     click.echo(f"{store}: {plan.rows} texts embedded, {len(wanted) - plan.rows} were there")
 
 

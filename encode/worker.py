@@ -25,6 +25,7 @@ from shared.concept import concept_of
 from shared.config import Config
 from shared.keys import fingerprint
 from shared.models import ModelSpec
+from shared.progress import progress
 from shared.shards import SampleRecord, shard_folder
 from shared.store import Kind
 from shared.store_write import UnitDraft, as_float16, text_origin, write_latents, write_texts
@@ -51,12 +52,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run(job: Job, plan: Plan, advance: Advance) -> None:
-    """Make everything the plan asks for."""
+def run(job: Job, plan: Plan) -> None:
+    """Make everything the plan asks for; texts and clips take different times, so each has its bar."""
     if plan.texts:
-        encode_texts(job, plan.texts, advance)
+        with progress("texts", sum(len(task.captions) for task in plan.texts)) as advance:
+            encode_texts(job, plan.texts, advance)
     if plan.shards:
-        encode_shards(job, plan.shards, advance)
+        with progress("clips", sum(len(task.samples) for task in plan.shards)) as advance:
+            encode_shards(job, plan.shards, advance)
 
 
 def encode_texts(job: Job, tasks: Sequence[TextTask], advance: Advance) -> None:

@@ -209,7 +209,8 @@ def export(run: Path | None, form: str, out: Path | None) -> None:
     """Write a run's newest weights in another format."""
     folder = named_run(run)
     if form not in (known := get_args(OutputFormat)):
-        raise RunError(f"FORMAT={form}: no such format; there are {', '.join(known)}")
+        what = f"FORMAT={form}: no such format" if form else "FORMAT is missing: which format to write"
+        raise RunError(f"{what}; there are {', '.join(known)}")
     from train.session import export_run
 
     for path in export_run(folder, form, out):  # type: ignore[arg-type]
