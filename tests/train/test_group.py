@@ -167,10 +167,11 @@ def test_launches_that_do_not_do_what_was_asked_are_refused_by_name() -> None:
 
 
 @pytest.mark.soak
-def test_accelerate_launch_on_cpu_is_refused() -> None:
+def test_accelerate_launch_on_cpu_is_refused(single: Made, tmp_path: Path) -> None:
     accelerate = Path(sys.executable).with_name("accelerate")
     command = [accelerate, "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "-m", "train", "--work", "nowhere", "--store", "tests"]  # fmt: skip
+               "--dynamo_backend", "no", "-m", "train", "--work", tmp_path, "--store", single[2], "--model", single[0],
+               "--preset", "demo", "--set", "resolution=32x32"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode != 0 and "asked for several processes and started one" in done.stderr, done.stderr
 
