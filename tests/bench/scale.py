@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Point:
 
 def seconds(call: Callable[[], Any]) -> float:
     """Processor seconds of a call, the least of some rounds."""
-    return min(timed(call, CLOCKS["cpu"])[0] for _ in range(ROUNDS))
+    return min(timed(call, time.process_time)[0] for _ in range(ROUNDS))
 
 
 def store_points() -> Iterator[Point]:
@@ -144,8 +145,8 @@ def clip_points(counts: tuple[int, ...]) -> Iterator[Point]:
 
 
 def fit(points: list[Point]) -> tuple[float, float]:
-    """(fixed, per unit) by least squares of relative errors; below the clock's 10 ms nothing is known."""
-    work, value = np.array([p.work for p in points], float), np.array([max(p.value, 0.01) for p in points])
+    """(fixed, per unit) by least squares of relative errors."""
+    work, value = np.array([p.work for p in points], float), np.array([p.value for p in points])
     matrix = np.stack([np.ones_like(work), work], 1) / value[:, None]
     fixed, slope = np.linalg.lstsq(matrix, np.ones_like(value), rcond=None)[0]
     return float(fixed), float(slope)
@@ -181,7 +182,7 @@ def plot(stages: dict[str, list[Point]]) -> str:
 
 
 @click.command()
-@click.option("--clips", default="10,100", show_default=True, help="Numbers of drawn clips for ingest and encode.")
+@click.option("--clips", default="10,100,1000", show_default=True, help="Numbers of drawn clips for ingest and encode.")
 @click.option("--out", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
 def main(clips: str, out: Path) -> None:
     """Measure, print the table, write SCALING.md, scaling.jsonl and scaling.svg."""
