@@ -21,7 +21,7 @@ from shared.errors import DatasetError, StoreError
 from shared.files import atomic_write, read_json
 from shared.models import ModelSpec
 from shared.progress import progress
-from shared.resolve import Choice, Resolved, resolve
+from shared.resolve import Choice, Resolved, refuse_late, resolve
 from shared.shards import Index, index_path, read_index
 from shared.store import Kind, create_store, open_store, read_datasets, read_markers, write_dataset
 from shared.store_read import StoreReader
@@ -57,7 +57,9 @@ def store_option(command: Command) -> Command:
 def main(context: click.Context, work: Path, store: Path | None, shard: str, choice: Choice) -> None:
     """Encode clips with the VAE and captions with UMT5 into WORK/latents.zarr; only what is missing or stale."""
     if context.invoked_subcommand is None:
-        encode(work, store or work / "latents.zarr", Part.parse(shard), resolve(choice, work / "config.json"))
+        resolved = resolve(choice, work / "config.json")
+        refuse_late(resolved, work / "config.json")
+        encode(work, store or work / "latents.zarr", Part.parse(shard), resolved)
 
 
 def encode(work: Path, store: Path, part: Part, resolved: Resolved) -> None:

@@ -25,6 +25,12 @@ DEFAULT_PRESET = "16gb"
 PRESET_ALIASES = {"lora": "16gb", "lora 8gb": "8gb", "finetune": "24gb-finetune", "embedding": "embedding"}
 ASSIGNMENT = r"\s+(?=[A-Za-z_][\w.]*=)"  # spaces before the next key=; values may hold spaces
 
+# what ingest alone obeys: given to encode or train it would change nothing
+INGESTED = re.compile(
+    r"(caption|gates)\..+|video_config\.(frame_sample_strategy|stretch|max_duration|min_resolution)|windows_per_clip"
+    r"|crop|caption_prefix|concepts|prior\.folders|validation\.(fraction|folder)"
+)
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -230,6 +236,20 @@ def refuse_unbuilt(config: Config, sources: dict[str, str], table: dict[str, tup
         if value not in built:
             allowed = " or ".join(json.dumps(item) for item in built)
             raise ConfigError(f"{key}={json.dumps(value)} (from {sources[key]}) is not built yet; use {allowed}")
+
+
+def refuse_late(resolved: Resolved, work_config: Path) -> None:
+    """Raise ConfigError for a setting of CONFIG or SET that comes too late: the clips were made with another value."""
+    if not work_config.is_file():
+        return
+    asked, made = to_json(resolved.config), read_layer(work_config)
+    for key, source in resolved.sources.items():
+        late = INGESTED.fullmatch(key) and (source == "SET" or source.startswith("CONFIG "))
+        if late and ", by way of " not in source and value_in(asked, key) != value_in(made, key):
+            raise ConfigError(
+                f"{key}={json.dumps(value_in(asked, key))} (from {source}): ingest alone obeys it, and made the clips "
+                f"with {json.dumps(value_in(made, key))}; give it to make ingest, then run make encode, or leave it out"
+            )
 
 
 def to_json(config: Config) -> dict[str, Any]:

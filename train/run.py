@@ -3,7 +3,6 @@
 runs/<store>-<preset>[-2]/  config.json run.json done events.jsonl tb/ checkpoints/<step>/ samples/ <name>*.safetensors
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.config import BUILT_TRAIN, Config
-from shared.errors import ConfigError, RunError, StoreError
+from shared.errors import RunError, StoreError
 from shared.files import read_json, write_json
 from shared.models import ModelSpec
 from shared.resolve import (
     Choice,
     Resolved,
     preset_path,
-    read_layer,
+    refuse_late,
     refuse_unbuilt,
     resolve,
     save_config,
     to_json,
     value_at,
-    value_in,
 )
 from shared.shards import index_path
 from shared.store_copy import local_store
@@ -46,11 +44,6 @@ FIXED = (
     ),
     *("peft_type", "lora_rank", "lora_alpha", "lora_targets", "text_encoder.train"),
     *("embedding.token_count", "embedding.kind", "embedding.placeholder", "embedding.initial_text"),
-)
-# what ingest alone obeys: given to train it would change nothing
-INGESTED = re.compile(
-    r"(caption|gates)\..+|video_config\.(frame_sample_strategy|stretch|max_duration|min_resolution)|windows_per_clip"
-    r"|crop|caption_prefix|concepts|prior\.folders|validation\.(fraction|folder)"
 )
 FIXED_FOR_PAIRS = ("epochs", "max_steps")  # they place the step at which the second expert starts
 
@@ -115,20 +108,6 @@ def resolve_for_train(choice: Choice, work_config: Path) -> Resolved:
     resolved = resolve(choice, work_config)
     refuse_unbuilt(resolved.config, resolved.sources, BUILT_TRAIN)
     return resolved
-
-
-def refuse_late(resolved: Resolved, work_config: Path) -> None:
-    """Raise ConfigError for a setting of CONFIG or SET that comes too late: the clips were made with another value."""
-    if not work_config.is_file():
-        return
-    asked, made = to_json(resolved.config), read_layer(work_config)
-    for key, source in resolved.sources.items():
-        late = INGESTED.fullmatch(key) and (source == "SET" or source.startswith("CONFIG "))
-        if late and ", by way of " not in source and value_in(asked, key) != value_in(made, key):
-            raise ConfigError(
-                f"{key}={json.dumps(value_in(asked, key))} (from {source}): ingest alone obeys it, and made the clips "
-                f"with {json.dumps(value_in(made, key))}; give it to make ingest, then run make encode, or leave it out"
-            )
 
 
 def is_run(folder: Path) -> bool:

@@ -52,6 +52,14 @@ def test_latents_become_videos_and_a_sheet_side_by_side(tmp_path: Path, model: P
         assert sheet.width > 2 * 5 * 48
 
 
+def test_what_ingest_alone_obeys_is_refused_by_encode(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"gates": {"black": 5.0}}))
+    result = encode("--work", tmp_path, "--preset", "demo", "--set", "gates.black=3")
+    assert result.exit_code == 2 and "gates.black=3.0 (from SET): ingest alone obeys it" in result.output
+    later = encode("--work", tmp_path, "--preset", "demo", "--set", "gates.black=5")
+    assert later.exit_code == 2 and "ingest alone" not in later.output  # there are no shards
+
+
 def test_a_decoded_video_is_the_pixels_that_were_written(tmp_path: Path) -> None:
     frames_THWC = moving_square(3, 5, 64, 64)
     write_mp4(tmp_path / "a.mp4", frames_THWC, 23.976)
