@@ -110,10 +110,10 @@ def convert_pairs() -> Iterator[Pair]:
         hand = ("-vf", chain, "-frames:v", "33", "-an", "-c:v", "libx264", "-preset", "veryfast", "-crf", "12",
                 "-pix_fmt", "yuv420p", "-threads", "1")  # fmt: skip
         yield Pair("ingest-convert", call, by_hand(root / "data", root / "hand", hand), "ffmpeg by hand", all_kept,
-                   work=CLIPS, unit="clip")  # fmt: skip
+                   work=CLIPS, unit="clip", warm_up=False)  # fmt: skip
         floor = ("-f", "null")
         yield Pair("ingest-convert over decoding", call, by_hand(root / "data", root / "null", floor), "ffmpeg -f null",
-                   all_kept, work=CLIPS, unit="clip")  # fmt: skip
+                   all_kept, work=CLIPS, unit="clip", warm_up=False)  # fmt: skip
 
 
 def span_pairs() -> Iterator[Pair]:
@@ -158,7 +158,8 @@ def again_pairs() -> Iterator[Pair]:
         second = lambda: said(sys_python(*command[1:], "--set", settings))  # noqa: E731
         imports = lambda: said(sys_python("-c", "import rich, pydantic, click"))  # noqa: E731
         kept = lambda ours, _: expect("kept 1000" in ours, True)  # noqa: E731
-        yield Pair("ingest-again 1000 clips", second, imports, "python importing pydantic, click, rich", kept)
+        yield Pair("ingest-again 1000 clips", second, imports, "python importing pydantic, click, rich", kept,
+                   warm_up=False)  # fmt: skip
 
 
 def sys_python(*arguments: str) -> "subprocess.CompletedProcess[str]":

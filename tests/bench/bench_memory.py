@@ -47,7 +47,8 @@ def memory_pairs() -> Iterator[Pair]:
     }
     for stage, call in stages.items():
         imports = peak_of("-c", f"import {IMPORTS[stage]}")
-        yield Pair(f"memory {stage}", call, imports, "its imports alone", positive, clock="MiB", rounds=1)
+        yield Pair(f"memory {stage}", call, imports, "its imports alone", positive, clock="MiB", rounds=2,
+                   warm_up=False)  # fmt: skip
     shutil.rmtree(folder)
 
 

@@ -190,14 +190,15 @@ def start() -> Iterator[Pair]:
             return command(*common, "--run", folder / f"run{next(runs)}")()
 
         stock = command("-c", STOCK_START, model)
-        yield Pair("start", fresh, stock, "stock imports, load, one step", both_end_well, clock="cpu", unit="start")
+        yield Pair("start", fresh, stock, "stock imports, load, one step", both_end_well, clock="cpu", unit="start",
+                   warm_up=False)  # fmt: skip
         steps = iter(range(2, 1000))
         again = (*common, "--run", folder / "run0", "--set")
 
         def resume() -> int:
             return command(*again, f"max_steps={next(steps)}")()
 
-        yield Pair("resume", resume, fresh, "a fresh start", both_end_well, clock="cpu", unit="resume")
+        yield Pair("resume", resume, fresh, "a fresh start", both_end_well, clock="cpu", unit="resume", warm_up=False)
 
 
 ITEMS = {"step": step, "step-compiled": step_compiled, "step-demo": step_demo, "start": start}

@@ -32,6 +32,7 @@ class Pair:
     equal: Callable[[Any, Any], None]
     clock: str = "wall"  # or "cpu": user + system seconds of this process and its children; or "MiB": what calls return
     rounds: int = ROUNDS  # of seconds at least five
+    warm_up: bool = True  # the first calls are slower and not counted; False for what is a process of its own
     work: float = 1.0  # units done by one call, for the rate
     unit: str = "call"
 
@@ -72,14 +73,23 @@ def timed(call: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, A
     return clock() - start, result
 
 
+def cost(pair: Pair, call: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, or MiB; result) of one call."""
+    if pair.clock == "MiB":
+        result = call()
+        return float(result), result
+    return timed(call, CLOCKS[pair.clock])
+
+
 def measure(pair: Pair) -> Row:
-    """Check equality (this is also the warm-up), then time both sides in turns."""
-    pair.equal(pair.ours(), pair.baseline())
-    ours, baseline = [], []
-    for turn in range(pair.rounds if pair.clock == "MiB" else max(pair.rounds, ROUNDS)):
+    """Check equality on first calls, which are the warm-up or count, then time both sides in turns."""
+    first, other = cost(pair, pair.ours), cost(pair, pair.baseline)
+    pair.equal(first[1], other[1])
+    ours, baseline = ([], []) if pair.warm_up else ([first[0]], [other[0]])
+    for turn in range(len(ours), pair.rounds if pair.clock == "MiB" else max(pair.rounds, ROUNDS)):
         sides = [(ours, pair.ours), (baseline, pair.baseline)]
         for values, call in sides if turn % 2 == 0 else reversed(sides):
-            values.append(float(call()) if pair.clock == "MiB" else timed(call, CLOCKS[pair.clock])[0])
+            values.append(cost(pair, call)[0])
     ratios = [b / a for a, b in zip(ours, baseline, strict=True)]
     ratio = statistics.median(ratios)
     return Row(
