@@ -26,6 +26,7 @@ SPAN = 33 / 24  # seconds of a sample
 SETTINGS = (
     "resolution=480 frames=33 video_config.target_fps=24 windows_per_clip=1 gates.near_duplicate=null gates.frozen=null"
 )
+SMALL_SETTINGS = "resolution=64 frames=5 video_config.target_fps=8 windows_per_clip=1 gates.near_duplicate=null"
 CHAIN = (
     "fps=24,scale=856:480:flags=lanczos+accurate_rnd+full_chroma_int:in_color_matrix=bt709:out_color_matrix=bt709,"
     "crop={},setsar=1"
@@ -58,6 +59,18 @@ def make_clips(folder: Path) -> None:
 def run(*arguments: str) -> None:
     """ffmpeg on one thread."""
     subprocess.run([bundled_ffmpeg(), "-v", "error", "-nostdin", "-y", "-threads", "1", *arguments], check=True)
+
+
+def make_small_clips(folder: Path, count: int) -> None:
+    """Files of one second, 96x96, each with its own bytes and caption."""
+    folder.mkdir()
+    first = folder / "clip0.mp4"
+    run("-f", "lavfi", "-i", "testsrc2=s=96x96:r=16:d=1", "-c:v", "libx264", "-pix_fmt", "yuv420p", str(first))
+    content = first.read_bytes()
+    for number in range(count):  # a box that readers pass over makes each file's bytes its own
+        box = b"\x00\x00\x00\x10free" + number.to_bytes(8, "big")
+        (folder / f"clip{number}.mp4").write_bytes(content + box)
+        (folder / f"clip{number}.txt").write_text(f"a test card of number {number}")
 
 
 def in_parallel(call: Callable[[Path], None], paths: list[Path]) -> None:
@@ -134,16 +147,8 @@ def again_pairs() -> Iterator[Pair]:
     """ingest-again: a second run over 1,000 clips as its own process, over one that only imports what it needs."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        (root / "data").mkdir()
-        small = root / "small.mp4"
-        run("-f", "lavfi", "-i", "testsrc2=s=96x96:r=16:d=1", "-c:v", "libx264", "-pix_fmt", "yuv420p", str(small))
-        content = small.read_bytes()
-        for number in range(1000):  # a box that readers pass over makes each file's bytes its own
-            box = b"\x00\x00\x00\x10free" + number.to_bytes(8, "big")
-            (root / "data" / f"clip{number}.mp4").write_bytes(content + box)
-            (root / "data" / f"clip{number}.txt").write_text(f"a test card of number {number}")
-        settings = "resolution=64 frames=5 video_config.target_fps=8 windows_per_clip=1 gates.near_duplicate=null"
-        ours(root / "data", root / "work", settings)()
+        make_small_clips(root / "data", 1000)
+        ours(root / "data", root / "work", SMALL_SETTINGS)()
         command = [
             "python",
             "-m",
@@ -155,7 +160,7 @@ def again_pairs() -> Iterator[Pair]:
             "--preset",
             "cpu",
         ]
-        second = lambda: said(sys_python(*command[1:], "--set", settings))  # noqa: E731
+        second = lambda: said(sys_python(*command[1:], "--set", SMALL_SETTINGS))  # noqa: E731
         imports = lambda: said(sys_python("-c", "import rich, pydantic, click"))  # noqa: E731
         kept = lambda ours, _: expect("kept 1000" in ours, True)  # noqa: E731
         yield Pair("ingest-again 1000 clips", second, imports, "python importing pydantic, click, rich", kept,

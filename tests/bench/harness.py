@@ -109,11 +109,15 @@ def measure(pair: Pair) -> Row:
 
 
 def commit() -> str:
-    """Short name of the checked-out commit, with + when files differ from it; 'none' outside a clone."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=FOLDER, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "none"
+    """Short name of the checked-out commit, with + when files but the rows differ from it; 'none' outside a clone."""
+    name = git("describe", "--always")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){FOLDER}/rows.jsonl")
+    return (name or "none") + ("+" if changed else "")
+
+
+def git(*words: str) -> str:
+    """What a git command prints; nothing outside a clone."""
+    return subprocess.run(["git", *words], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def device() -> str:

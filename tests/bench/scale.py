@@ -28,10 +28,10 @@ from shared.store import DatasetList, create_store, read_datasets, write_dataset
 from shared.store_read import StoreReader
 from shared.store_write import UnitDraft, write_latents, write_texts
 from shared.weights import load_vae
+from tests.bench.bench_ingest import SMALL_SETTINGS, make_small_clips
 from tests.bench.bench_memory import peak_of
 from tests.bench.bench_train import CAPTION, made, our_step
 from tests.bench.harness import CLOCKS, FOLDER, commit, device, timed
-from tests.demo.dataset import write_dataset as draw_clips
 from tests.train.make import config, listed
 from train.condition import Frames
 from train.data import Plan, Slots
@@ -132,12 +132,13 @@ def step_points() -> Iterator[Point]:
 
 
 def clip_points(counts: tuple[int, ...]) -> Iterator[Point]:
-    """The commands ingest and encode on drawn clips, from nothing, once each."""
+    """The commands ingest and encode on small clips, from nothing, once each."""
     for count in counts:
         folder = Path(tempfile.mkdtemp())
-        draw_clips(folder / "dataset", count // 2, count - count // 2)
+        make_small_clips(folder / "dataset", count)
         for stage, words in (("ingest", ("--data", folder / "dataset")), ("encode", ())):
-            call = peak_of("-m", stage, *words, "--work", folder / "work", "--preset", "demo")
+            same = ("--preset", "cpu", "--model", "tiny", "--set", SMALL_SETTINGS)
+            call = peak_of("-m", stage, *words, "--work", folder / "work", *same)
             cost, peak = timed(call, CLOCKS["cpu"])
             yield Point(f"make {stage}", "clips", count, cost)
             yield Point(f"memory of {stage}, MiB", "clips", count, peak)
@@ -182,7 +183,7 @@ def plot(stages: dict[str, list[Point]]) -> str:
 
 
 @click.command()
-@click.option("--clips", default="10,100,1000", show_default=True, help="Numbers of drawn clips for ingest and encode.")
+@click.option("--clips", default="10,100,1000", show_default=True, help="Numbers of small clips for ingest and encode.")
 @click.option("--out", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
 def main(clips: str, out: Path) -> None:
     """Measure, print the table, write SCALING.md, scaling.jsonl and scaling.svg."""
