@@ -44,7 +44,7 @@ from tests.encode.test_status import large_store
 FULL_21: dict[str, Any] = {}  # the defaults of diffusers are Wan 2.1's
 FULL_22 = VAE_22 | {"base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 F32, BF16 = torch.float32, torch.bfloat16
-CASES = [("2.1", FULL_21, F32, (9, 96, 96)), ("2.2", FULL_22, F32, (9, 128, 128)),
+CASES = [("2.1", FULL_21, F32, (9, 128, 128)), ("2.2", FULL_22, F32, (9, 128, 128)),
          ("2.1", FULL_21, BF16, (9, 96, 96)), ("2.2", FULL_22, BF16, (9, 128, 128))]  # fmt: skip
 GPU_CASES = [(kind, config, BF16, (17, 512, 512)) for kind, config in (("2.1", FULL_21), ("2.2", FULL_22))]
 DECODE_CASES = [("2.1", FULL_21, F32, (5, 64, 64)), ("2.2", FULL_22, F32, (5, 64, 64))]

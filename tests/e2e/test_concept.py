@@ -2,8 +2,8 @@
 and samples wear its colour.
 
 Seeds 0, 1 and 2 brought it from 1.94 to 0.70, 0.71 and 0.71 in 60 updates: 64 % is gone; half of that is asked for.
-Seeds 1 and 2 (of 0 it was not read) showed the pink in 4 samples of 4, and in none before; 2 are asked for. `make demo`
-trains longer and asks for all of the concept, in all samples.
+Seeds 1 and 2 showed the pink in 4 samples of 4, and in none before; 2 are asked for. `make demo` trains longer and asks
+for all of the concept, in all samples.
 """
 
 import json
@@ -41,8 +41,7 @@ def settings(work: Path) -> tuple[object, ...]:
     return "--work", work, "--preset", "demo", "--config", work / "my.json"
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
 def test_a_lora_learns_an_unseen_concept(work: Path, seed: int) -> None:
     run = work / f"run{seed}"
     command("train", *settings(work), "--run", run, "--set", f"seed={seed}")
