@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -273,25 +274,48 @@ def fetch(remote: Remote, record: FileRecord, store: Path, stop: threading.Event
     target = store / record.path
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = target.with_name(target.name + INCOMING)
-    try:
-        with incoming.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if target.is_file():  # another process was first
-                incoming.unlink(missing_ok=True)
-                return
-            resumed = file.tell() > 0
-            if not transfer(remote, record, file, stop) and not (resumed and transfer(remote, record, file, stop)):
-                raise wrong_bytes(remote, record)
-            file.flush()
-            os.fsync(file.fileno())
-            incoming.replace(target)
-    finally:
-        if incoming.is_file() and not incoming.stat().st_size:
-            incoming.unlink(missing_ok=True)
+    with alone_in(incoming) as file:
+        if has(store, record):  # another process was first
+            file.truncate(0)
+            return
+        resumed = os.fstat(file.fileno()).st_size > 0
+        if not transfer(remote, record, file, stop) and not (resumed and transfer(remote, record, file, stop)):
+            raise wrong_bytes(remote, record)
+        file.flush()
+        os.fsync(file.fileno())
+        incoming.replace(target)
     sync(target.parent)
 
 
-def transfer(remote: Remote, record: FileRecord, file: Any, stop: threading.Event) -> bool:
+@contextmanager
+def alone_in(path: Path) -> Iterator[BufferedRandom]:
+    """A file to append to that nobody else has open so; removed at the end when it is still there and empty.
+
+    Who waited for the lock may hold a file that was renamed or removed meanwhile: it opens the path anew.
+    """
+    while True:
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not is_at(file, path):
+                continue
+            try:
+                yield file
+            finally:
+                file.flush()
+                if is_at(file, path) and not os.fstat(file.fileno()).st_size:
+                    path.unlink()
+            return
+
+
+def is_at(file: BufferedRandom, path: Path) -> bool:
+    """Whether an open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def transfer(remote: Remote, record: FileRecord, file: BufferedRandom, stop: threading.Event) -> bool:
     """Append the rest of a file; False, and emptied, when the whole is not what the record says."""
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256")
