@@ -1,7 +1,8 @@
-"""Several processes that train one model: torchrun starts them, gradients are summed, the first one writes.
+"""Several processes that train one model: torchrun or accelerate starts them, and the first one writes.
 
-Every process holds the same weights and takes its share of the slots of each global batch; one all-reduce of one flat
-tensor per update makes their gradients equal, so that no wrapper is needed and N processes do what one would do.
+accelerate's process state joins them. Every process holds the same weights and takes its share of the slots of each
+global batch; one all-reduce of one flat tensor per update makes their gradients equal, so that no wrapper is needed and
+N processes do what one would do.
 """
 
 import errno
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from shared.config import Config
@@ -92,13 +94,15 @@ def join() -> Group:
     Raises RunError when a launcher was asked for something that it does not start, or that this trainer does itself.
     """
     refuse_odd_launch(os.environ)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Group()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return Group(dist.get_rank(), dist.get_world_size())
+    cpu = not torch.cuda.is_available()
+    try:
+        state = PartialState(cpu, backend="gloo" if cpu else "cpu:gloo,cuda:nccl")
+    except NotImplementedError as error:  # old drivers of GeForce 40 cards cannot do what nccl tries unasked
+        raise RunError("this driver has no direct transfers between these GPUs; update it, or run again with "
+                       "NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 in the environment") from error  # fmt: skip
+    return Group(state.process_index, state.num_processes)
 
 
 def refuse_odd_launch(environment: Mapping[str, str]) -> None:
