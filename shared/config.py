@@ -1,7 +1,7 @@
 """The configuration schema: every key there is, its default, unit, range and meaning. Strict, frozen, complete.
 
 Names are those of the training guide this project implements. `shared/resolve.py` builds a Config from preset, file
-and command line; a key whose effect is not built yet is refused there (see BUILT).
+and command line.
 """
 
 from typing import Any, Literal
@@ -125,7 +125,9 @@ class BaseAdapterConfig(Strict):
 class ValidationConfig(Strict):
     """Held-out clips at fixed timesteps and fixed noise."""
 
-    fraction: float = Field(0.0, ge=0, lt=1, description="share of sources held out, by hash of their bytes")
+    fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of sources held out, by hash of their bytes; one at least"
+    )
     folder: str | None = Field(None, description="sub-folder that is held out whole")
     timesteps: int = Field(4, ge=1, le=64, description="quantiles of the timestep distribution that are measured")
 
@@ -306,12 +308,6 @@ class Config(Strict):
     def trains_dit(self) -> bool:
         """Whether the DiT's own weights are trained."""
         return self.training_method == "FINE_TUNE" and self.transformer.train
-
-
-# What is built of the keys above: values outside these are refused as 'not built yet'. A key not listed is built.
-BUILT: dict[str, tuple[Any, ...]] = {}
-# Likewise, but refused by train alone: presets that ingest and encode read too may name them.
-BUILT_TRAIN: dict[str, tuple[Any, ...]] = {}
 
 
 def leaf_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

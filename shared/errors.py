@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting is unknown, contradictory, impossible or not built yet."""
+    """A setting is unknown, contradictory or impossible."""
 
 
 class DatasetError(UserError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from shared.config import BUILT, BUILT_TRAIN, Config, leaf_keys
+from shared.config import Config, leaf_keys
 
 HEAD = """# Settings
 
@@ -41,18 +41,9 @@ def table(title: str, model: type[BaseModel], schema: dict[str, Any], prefix: st
     for name, entry in properties.items():
         key = prefix + name
         if key in leaves:
-            meaning = entry.get("description", "") + unbuilt(key)
-            yield f"| `{key}` | {cell(values(entry, schema))} | {default(defaults[name])} | {cell(meaning)} |"
+            meaning = cell(entry.get("description", ""))
+            yield f"| `{key}` | {cell(values(entry, schema))} | {default(defaults[name])} | {meaning} |"
     yield ""
-
-
-def unbuilt(key: str) -> str:
-    """Which of a key's values are refused as not built yet."""
-    table = BUILT | BUILT_TRAIN
-    if key not in table:
-        return ""
-    built = ", ".join(json.dumps(item) for item in table[key])
-    return f" (built so far: {built})"
 
 
 def values(entry: dict[str, Any], schema: dict[str, Any]) -> str:

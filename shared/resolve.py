@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shared.config import BUILT, Config, leaf_keys
+from shared.config import Config, leaf_keys
 from shared.errors import ConfigError
 from shared.files import write_json
 from shared.models import ModelSpec, model_spec
@@ -96,9 +96,7 @@ def resolve(choice: Choice, work_config: Path | None = None) -> Resolved:
         sources |= {key: name for key in leaves_of(layer) if key in sources}
         if work_config is not None and name == str(work_config):
             sources |= remembered(work_config, layer)
-    config = validate(values, sources)
-    refuse_unbuilt(config, sources)
-    return Resolved(config, sources)
+    return Resolved(validate(values, sources), sources)
 
 
 def save_config(path: Path, resolved: Resolved) -> None:
@@ -227,15 +225,6 @@ def value_at(config: Config, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name)
     return value
-
-
-def refuse_unbuilt(config: Config, sources: dict[str, str], table: dict[str, tuple[Any, ...]] = BUILT) -> None:
-    """Raise ConfigError for the first key whose value has no effect in this version."""
-    for key, built in table.items():
-        value = value_at(config, key)
-        if value not in built:
-            allowed = " or ".join(json.dumps(item) for item in built)
-            raise ConfigError(f"{key}={json.dumps(value)} (from {sources[key]}) is not built yet; use {allowed}")
 
 
 def refuse_late(resolved: Resolved, work_config: Path) -> None:

@@ -12,7 +12,7 @@ import click
 from shared.cli import Group, config_options, work_option
 from shared.config import OutputFormat
 from shared.errors import RunError, StoreError
-from shared.resolve import Choice
+from shared.resolve import Choice, resolve
 
 # fewer lines between the user and the loss; set before torch and transformers load
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -102,10 +102,10 @@ def train(
 def explain(work: Path, store: str | None, choice: Choice) -> None:
     """Print every setting with its source, and what follows: sizes, batches, steps, experts."""
     from train.explain import derived, missing_store, plan_lines, settings
-    from train.run import resolve_for_train, store_paths
+    from train.run import store_paths
     from train.session import open_data
 
-    resolved = resolve_for_train(choice, work / "config.json")
+    resolved = resolve(choice, work / "config.json")
     stores = store_paths(store or None, work)
     lines = [*settings(resolved), "", *derived(resolved)]
     if all(path.is_dir() for path in stores):
@@ -130,7 +130,6 @@ def plan(work: Path, store: str | None, card: float | None, gpus: int | None, ch
     """Print what a config needs, what AUTO chooses, and whether it fits. Downloads nothing."""
     if gpus is not None:  # as torchrun will say it
         os.environ |= {"WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus)}
-    from shared.resolve import resolve
     from train.group import Group as Processes
     from train.plan import report
     from train.run import store_paths
@@ -155,7 +154,6 @@ def plan(work: Path, store: str | None, card: float | None, gpus: int | None, ch
 @config_options
 def doctor(work: Path, ffmpeg: str | None, choice: Choice) -> None:
     """Examine GPU, memory, disk, ffmpeg, versions and the model's files; each line is ok, or says how to mend it."""
-    from shared.resolve import resolve
     from train.doctor import examine
 
     resolved = resolve(choice, work / "config.json")

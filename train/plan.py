@@ -5,10 +5,10 @@ import time
 
 import torch
 
-from shared.config import BUILT_TRAIN, Config
+from shared.config import Config
 from shared.errors import ConfigError
 from shared.models import ModelSpec
-from shared.resolve import Choice, Resolved, refuse_unbuilt, resolve
+from shared.resolve import Choice, Resolved, resolve
 from train.contradictions import refuse_contradictions
 from train.fit import shortage, ways_said, with_setting
 from train.group import Group, refuse_undivided
@@ -207,7 +207,6 @@ def update_lines(plan: MemoryPlan, config: Config, spec: ModelSpec) -> list[str]
 def refusals(resolved: Resolved) -> list[str]:
     """A line when training would refuse the config for another reason than memory."""
     try:
-        refuse_unbuilt(resolved.config, resolved.sources, BUILT_TRAIN)
         refuse_contradictions(resolved.config, resolved.spec)
         refuse_undivided(resolved.config, Group(world=processes()))
     except ConfigError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.config import BUILT_TRAIN, Config
+from shared.config import Config
 from shared.errors import RunError, StoreError
 from shared.files import read_json, write_json
 from shared.models import ModelSpec
@@ -18,7 +18,6 @@ from shared.resolve import (
     Resolved,
     preset_path,
     refuse_late,
-    refuse_unbuilt,
     resolve,
     save_config,
     to_json,
@@ -103,13 +102,6 @@ def config_name(choice: Choice, resolved: Resolved) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(resolved.config.base_model_name).name)
 
 
-def resolve_for_train(choice: Choice, work_config: Path) -> Resolved:
-    """Resolve and refuse what training does not build yet."""
-    resolved = resolve(choice, work_config)
-    refuse_unbuilt(resolved.config, resolved.sources, BUILT_TRAIN)
-    return resolved
-
-
 def is_run(folder: Path) -> bool:
     """Whether a run was started there."""
     return (folder / "run.json").is_file()
@@ -129,7 +121,7 @@ def choose_run(
     if folder is not None and is_run(folder) and choice == Choice():
         work_config, facts = folder / "config.json", read_json(folder / "run.json")  # nothing was said: the run's own
         stores, work = (stores, work) if store else (tuple(map(Path, facts["stores"])), Path(facts["work"]))
-    resolved = resolve_for_train(choice, work_config)
+    resolved = resolve(choice, work_config)
     refuse_late(resolved, work_config)
     if folder is None:
         name = f"{store_name(stores)}-{config_name(choice, resolved)}"

@@ -13,18 +13,16 @@ from shared.resolve import Choice, Resolved, resolve
 from tests.train.guide import FRAGMENTS
 from train.explain import derived, settings
 from train.model import refuse_mismatch
-from train.run import resolve_for_train
 
 
-def layered(tmp_path: Path, preset: str, values: dict[str, Any], command: Any = resolve) -> Resolved:
+def layered(tmp_path: Path, preset: str, values: dict[str, Any]) -> Resolved:
     (tmp_path / "guide.json").write_text(json.dumps(values))
-    resolved: Resolved = command(Choice(preset=preset, config=tmp_path / "guide.json"), tmp_path / "none")
-    return resolved
+    return resolve(Choice(preset=preset, config=tmp_path / "guide.json"), tmp_path / "none")
 
 
 @pytest.mark.parametrize(("section", "preset", "fragment"), FRAGMENTS, ids=[row[0].split("(")[0] for row in FRAGMENTS])
 def test_a_fragment_is_accepted_unchanged(section: str, preset: str, fragment: dict[str, Any], tmp_path: Path) -> None:
-    resolved = layered(tmp_path, preset, fragment, resolve_for_train)
+    resolved = layered(tmp_path, preset, fragment)
     refuse_mismatch(resolved.config, resolved.spec)
     complete = resolved.config.model_dump(mode="json")
     for key, value in fragment.items():
