@@ -159,7 +159,8 @@ def verify(work: Path, store: Path | None, choice: Choice, count: int) -> None:
     index = read_index(work) if index_path(work).is_file() else EMPTY
     reader = StoreReader([store])
     check_finite(reader, {sample.key: f"{sample.source} at {sample.start:g} s" for sample in index.samples})
-    click.echo(f"{store}: {len(markers)} units, {len(reader.latents)} latents, {len(reader.texts)} texts: all intact")
+    found = {"unit": markers, "latent": reader.latents, "text": reader.texts}
+    click.echo(f"{store}: {', '.join(counted(len(each), noun) for noun, each in found.items())}: all intact")
     if count and index.samples:
         resolved = resolve(choice, work / "config.json")
         from encode.worker import device

@@ -35,10 +35,11 @@ def describe(store: Path, markers: list[Marker], datasets: list[DatasetList], wa
         if units:
             rows = {row for unit in units for row in (unit.captions if kind == "text" else unit.rows)}
             size = sum(file.size for unit in units for file in unit.files)
-            yield f"  {kind}: {len(rows)} rows in {len(units)} units, {size / 1e6:.1f} MB"
+            yield f"  {kind}: {counted(len(rows), 'row')} in {counted(len(units), 'unit')}, {size / 1e6:.1f} MB"
             yield from (f"    {line}" for line in sorted({recipe_line(unit.recipe) for unit in units}))
     for dataset in datasets:
-        yield f"  dataset {dataset.id}: {len(dataset.samples)} samples, {len(dataset.texts)} captions"
+        samples, texts = counted(len(dataset.samples), "sample"), counted(len(dataset.texts), "caption")
+        yield f"  dataset {dataset.id}: {samples}, {texts}"
     if wanted is not None:
         yield from (f"  {line}" for line in to_do(wanted, datasets))
 

@@ -162,5 +162,6 @@ class Judge:
         if fault is None and self.twins is not None:
             twin = self.twins.twin_of(source.found.path, (sample.bucket, window.variant), measures.hashes)
             if twin:
-                return f"looks like {twin[0]}: {twin[1]} of 64 bits apart", float(twin[1])
+                apart = f"{twin[1]} of 64 bits apart, gates.near_duplicate asks for more than {self.twins.bits}"
+                return f"looks like {twin[0]}: {apart}", float(twin[1])
         return fault

@@ -19,8 +19,12 @@ def build_index(
 ) -> Index:
     """Everything that was decided, in dataset order; tars without a kept sample are left out."""
     shard_of = {key: shard for shard in shards for key in shard.keys}
+    held = held_out(config, [source for source, _ in decision.kept])
     samples = tuple(
-        sample_record(config, source, sample, shard_of[sample.key].name) for source, sample in decision.kept
+        sample_record(
+            config, source, sample, shard_of[sample.key].name, "validation" if source.sha256 in held else "train"
+        )
+        for source, sample in decision.kept
     )
     used = dict.fromkeys(shard_of[sample.key] for sample in samples)
     return Index(
@@ -39,7 +43,7 @@ def source_record(source: Source) -> SourceFacts:
     return SourceFacts(path=source.found.path, sha256=source.sha256, facts=facts)
 
 
-def sample_record(config: Config, source: Source, sample: Sample, shard: str) -> SampleRecord:
+def sample_record(config: Config, source: Source, sample: Sample, shard: str, split: Split) -> SampleRecord:
     """A sample as the index names it; captions are final."""
     folder = source.found.folder
     prior = any(in_folder(folder, name) for name in config.prior.folders)
@@ -61,16 +65,22 @@ def sample_record(config: Config, source: Source, sample: Sample, shard: str) ->
         repeats=config.concepts[max(named, key=len)].repeats if named else 1,
         prior=prior,
         weight=config.prior.weight if prior else 1.0,
-        split=split_of(config, source),
+        split=split,
     )
 
 
-def split_of(config: Config, source: Source) -> Split:
-    """Held out by sub-folder, or by the hash of its bytes: the same choice on any machine."""
-    held = config.validation
-    if held.folder is not None and in_folder(source.found.folder, held.folder):
-        return "validation"
-    return "validation" if int(source.sha256[:8], 16) / 16**8 < held.fraction else "train"
+def held_out(config: Config, sources: Iterable[Source]) -> set[str]:
+    """sha256 of the sources that are for validation, by sub-folder or by hash: the same on any machine.
+
+    A hash that is a share of 1 below `validation.fraction` is held out; where none is so low, the lowest one, so that
+    a few sources have one held out too.
+    """
+    folder, fraction = config.validation.folder, config.validation.fraction
+    folders = {source.sha256: source.found.folder for source in sources}
+    held = {name for name, place in folders.items() if folder is not None and in_folder(place, folder)}
+    rest = sorted(folders.keys() - held)
+    drawn = [name for name in rest if int(name[:8], 16) / 16**8 < fraction]
+    return held.union(drawn or (rest[:1] if fraction and len(rest) > 1 and not held else ()))
 
 
 def scaled_up(decision: Decision) -> int:
@@ -85,6 +95,8 @@ def summary(index: Index, remarks: Mapping[str, list[str]], small: int, report: 
     lines = [f"kept {kept} in {counted(len(index.shards), 'shard')}"]
     buckets = Counter(str(sample.bucket) for sample in index.samples)
     lines += [f"  {number:6} in bucket {bucket}" for bucket, number in sorted(buckets.items())]
+    if held := sum(sample.split == "validation" for sample in index.samples):
+        lines.append(f"  {held:6} of them held out for validation")
     if small:
         are = "is smaller than its bucket and is" if small == 1 else "are smaller than their bucket and are"
         lines.append(f"{small} of {counted(count, 'file')} {are} scaled up")

@@ -46,13 +46,11 @@ class Group(click.Group):
         """Run the command line."""
         try:
             return super().main(*args, **kwargs | {"standalone_mode": False})
-        except click.MissingParameter as error:
-            flag = error.param.opts[0] if error.param is not None else str(error.param_hint)
-            variable = flag.strip("-").upper()
-            click.echo(f"error: {flag} is missing (with make: {variable}=...); --help explains", err=True)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
             sys.exit(2)
         except click.ClickException as error:
-            error.show()
+            click.echo(f"error: {one_line(error)}; --help explains", err=True)
             sys.exit(2)
         except UserError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -66,6 +64,16 @@ class Group(click.Group):
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted; the same command goes on from here", err=True)
             sys.exit(INTERRUPTED)
+
+
+def one_line(error: click.ClickException) -> str:
+    """What is wrong with a command line, with the name that the option has as a make variable."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    if not isinstance(error, click.BadParameter) or error.param is None:
+        return said
+    flag = error.param.opts[0]
+    variable = f"(with make: {flag.strip('-').upper()}=...)"
+    return f"{flag} is missing {variable}" if isinstance(error, click.MissingParameter) else f"{said} {variable}"
 
 
 def work_option(command: Command) -> Command:

@@ -75,7 +75,7 @@ def plan_lines(resolved: Resolved, data: Dataset, plan: Plan) -> list[str]:
             f"expert {phase.expert}: steps {phase.first + 1}-{phase.stop}, sigma {phase.law.low:g}-{phase.law.high:g}"
         )
     if config.validate_after is not None and not data.validation:
-        lines.append("validate_after is idle: no sample is held out (validation.fraction or validation.folder)")
+        lines.append("validate_after is idle: nothing is held out (make ingest SET=validation.fraction=0.1)")
     return lines + list(data.remarks)
 
 

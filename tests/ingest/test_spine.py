@@ -177,6 +177,9 @@ def test_a_fraction_is_held_out_by_content(tmp_path: Path) -> None:
     more = held_out(run_ingest(data, tmp_path / "work", "validation.fraction=0.9"))
     assert 0 < len(some) < 8
     assert some <= more
+    one = run_ingest(data, tmp_path / "work", "validation.fraction=0.0001")  # no hash is so low: the lowest one
+    assert len(held_out(one)) == 1 and held_out(one) <= some
+    assert not held_out(run_ingest(data, tmp_path / "work", "validation.fraction=0"))
 
 
 def test_a_clip_that_is_too_short_is_dropped_with_its_length(tmp_path: Path) -> None:

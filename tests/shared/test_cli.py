@@ -33,5 +33,11 @@ def test_a_work_folder_that_is_a_file_is_refused(tmp_path: Path, inside: str) ->
     assert "a file is where a folder is wanted" in line
 
 
+def test_a_value_that_no_option_takes_is_one_line() -> None:
+    assert refused("train", "--resume", "maybe").endswith("(with make: RESUME=...); --help explains")
+    assert "abc" in refused("train", "plan", "--card", "abc")
+    assert "--presett" in refused("train", "--presett", "cpu")
+
+
 def test_a_missing_option_is_one_line_that_names_the_make_variable() -> None:
     assert refused("encode", "push") == "error: --to is missing (with make: TO=...); --help explains"
