@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from shared.bucket import Bucket
@@ -44,8 +43,7 @@ class BlockCost:
     input_bytes: int  # hidden states: what a checkpoint keeps
     shared_bytes: int  # text rows, timesteps, rotary tables: once for all blocks
     saved_bytes: int  # kept for the backward when it is not checkpointed, its output included
-    peak_bytes: int  # most that is alive beyond the input, over forward and backward
-    recompute_bytes: int  # likewise when it is computed again in the backward
+    peak_bytes: int  # most that is alive beyond the input, over forward (the first or a second one) and backward
     forward_flops: int
     backward_flops: int
 
@@ -177,14 +175,12 @@ def block_cost(spec: ModelSpec, config: Config, bucket: Bucket, micro_batch: int
         hidden.requires_grad_(True)
         text.rows_BSd.requires_grad_(config.training_method == "EMBEDDING")
         peak, saved, flops = measured(run, existing)
-        again, _, _ = measured(lambda: checkpoint(run, use_reentrant=False), existing)
         return BlockCost(
             tokens=micro_batch * hidden.shape[1],
             input_bytes=hidden.nbytes,
             shared_bytes=sum(part.nbytes for part in tree_leaves([text, modulation, rope]) if isinstance(part, Tensor)),
             saved_bytes=saved,
             peak_bytes=peak,
-            recompute_bytes=again,
             forward_flops=flops[0],
             backward_flops=flops[1],
         )

@@ -34,12 +34,13 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from train.lora import linears
+from train.norms import HALF, layer_norm, rms_norm, wide
+
 TEXT_ROWS = 512  # what Wan pads a caption's embedding to, with zeros
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Text(NamedTuple):
@@ -161,74 +162,23 @@ def block_forward(
     block: WanTransformerBlock, hidden_BNd: Tensor, text: Text, modulation: Modulation, rope: Rope, fuse: bool = True
 ) -> Tensor:
     """One block: self-attention, cross-attention to the text, feed-forward; hidden states keep their dtype."""
-    terms = _spread(block.scale_shift_table.unsqueeze(0) + _wide(modulation.time_BK6d), modulation.token_timestep_N)
+    terms = _spread(block.scale_shift_table.unsqueeze(0) + wide(modulation.time_BK6d), modulation.token_timestep_N)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = terms
-    normed = torch.addcmul(shift, _layer_norm(hidden_BNd, block.norm1), 1 + scale).type_as(hidden_BNd)
+    normed = torch.addcmul(shift, layer_norm(hidden_BNd, block.norm1), 1 + scale).type_as(hidden_BNd)
     attended = _self_attention(block.attn1, normed, rope, fuse)
-    hidden_BNd = torch.addcmul(_wide(hidden_BNd), attended, gate).type_as(hidden_BNd)
-    normed = _layer_norm(hidden_BNd, block.norm2).type_as(hidden_BNd)
+    hidden_BNd = torch.addcmul(wide(hidden_BNd), attended, gate).type_as(hidden_BNd)
+    normed = layer_norm(hidden_BNd, block.norm2).type_as(hidden_BNd)
     hidden_BNd = hidden_BNd + _cross_attention(block.attn2, normed, text, fuse)
-    normed = torch.addcmul(ffn_shift, _layer_norm(hidden_BNd, block.norm3), 1 + ffn_scale).type_as(hidden_BNd)
+    normed = torch.addcmul(ffn_shift, layer_norm(hidden_BNd, block.norm3), 1 + ffn_scale).type_as(hidden_BNd)
     grown = F.gelu(linears(normed, [block.ffn.net[0].proj], fuse)[0], approximate="tanh")
     shrunk = linears(grown, [block.ffn.net[2]], fuse)[0]
-    return torch.addcmul(_wide(hidden_BNd), _wide(shrunk), ffn_gate).type_as(hidden_BNd)
-
-
-class _Adapter(NamedTuple):
-    down_rd: Tensor
-    up_dr: Tensor
-    scaling: float
-    dropout: nn.Module
-
-
-def linears(hidden: Tensor, layers: Sequence[nn.Module], fuse: bool = True) -> list[Tensor]:
-    """Outputs of linear layers that read the same input.
-
-    Plain peft LoRA layers become base(x) + scaling * B(A(x)) with one product for all A; any layer of another kind, or
-    with `fuse` off, is called as the module it is.
-    """
-    adapters = [_adapter(layer) if fuse else None for layer in layers]
-    lowered = iter(_lower(hidden, [adapter for adapter in adapters if adapter is not None]))
-    outputs = []
-    for layer, adapter in zip(layers, adapters, strict=True):
-        if adapter is None:
-            outputs.append(layer(hidden))
-            continue
-        low = next(lowered).flatten(0, -2)
-        base: Any = layer.base_layer
-        output = base(hidden.flatten(0, -2))  # two dimensions: a view could not be added to so cheaply
-        output.addmm_(low, adapter.up_dr.to(low.dtype).t(), alpha=adapter.scaling)
-        outputs.append(output.view(*hidden.shape[:-1], -1))
-    return outputs
-
-
-def _lower(hidden: Tensor, adapters: Sequence[_Adapter]) -> Sequence[Tensor]:
-    """A(x) of each adapter; in one product unless a dropout gives each its own input."""
-    if any(isinstance(a.dropout, nn.Dropout) and a.dropout.training for a in adapters):
-        return [F.linear(a.dropout(hidden), a.down_rd.to(hidden.dtype)) for a in adapters]
-    if not adapters:
-        return []
-    stacked = torch.cat([a.down_rd for a in adapters]).to(hidden.dtype)
-    return torch.split(F.linear(hidden, stacked), [len(a.down_rd) for a in adapters], dim=-1)
-
-
-def _adapter(layer: Any) -> _Adapter | None:
-    """The one plain LoRA adapter at work in a layer, None when there is something else to honour."""
-    if type(layer) is not LoraLinear or layer.disable_adapters or layer.merged:
-        return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_B[active[0]].bias is not None:
-        return None
-    name = active[0]
-    return _Adapter(
-        layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]), layer.lora_dropout[name]
-    )
+    return torch.addcmul(wide(hidden_BNd), wide(shrunk), ffn_gate).type_as(hidden_BNd)
 
 
 def _self_attention(attention: Any, hidden_BNd: Tensor, rope: Rope, fuse: bool) -> Tensor:
     query, key, value = linears(hidden_BNd, [attention.to_q, attention.to_k, attention.to_v], fuse)
-    query = _rotate(_heads(_rms_norm(query, attention.norm_q), attention.heads), rope)
-    key = _rotate(_heads(_rms_norm(key, attention.norm_k), attention.heads), rope)
+    query = _rotate(_heads(rms_norm(query, attention.norm_q), attention.heads), rope)
+    key = _rotate(_heads(rms_norm(key, attention.norm_k), attention.heads), rope)
     value = _heads(value, attention.heads)
     mixed = _attend(query, key, value, rope)
     return linears(mixed.reshape(hidden_BNd.shape[0], hidden_BNd.shape[1], -1), [attention.to_out[0]], fuse)[0]
@@ -246,12 +196,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, rope: Rope) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(-3, -2)
 
 
-def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:
-    """In the dtype of its weight, which autocast leaves wider than what comes in; the result is as narrow as that."""
-    normed: Tensor = norm(hidden.to(norm.weight.dtype))
-    return normed.type_as(hidden)
-
-
 def _spans(states_BNHD: Tensor, tokens: int) -> Tensor:
     """(B, N, H, D) to (B, spans, H, tokens, D)."""
     batch, _, heads, size = states_BNHD.shape
@@ -261,7 +205,7 @@ def _spans(states_BNHD: Tensor, tokens: int) -> Tensor:
 def _cross_attention(attention: Any, hidden_BNd: Tensor, text: Text, fuse: bool) -> Tensor:
     (query,) = linears(hidden_BNd, [attention.to_q], fuse)
     key, value = linears(text.rows_BSd, [attention.to_k, attention.to_v], fuse)
-    parts = (_rms_norm(query, attention.norm_q), _rms_norm(key, attention.norm_k), value)
+    parts = (rms_norm(query, attention.norm_q), rms_norm(key, attention.norm_k), value)
     query, key, value = (_heads(part, attention.heads).transpose(1, 2) for part in parts)
     bias = None if text.bias_B11S is None else text.bias_B11S.to(query.dtype)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
@@ -274,7 +218,7 @@ def _heads(hidden_BNd: Tensor, heads: int) -> Tensor:
 
 def _rotate(states_BNHD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of neighbouring channels by its token's angle."""
-    pairs = _wide(states_BNHD).view(*states_BNHD.shape[:-1], -1, 2)
+    pairs = wide(states_BNHD).view(*states_BNHD.shape[:-1], -1, 2)
     if torch.compiler.is_compiling():  # its kernels know no complex numbers
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.turn_N1f2.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -312,25 +256,12 @@ def _head(
     """Final norm, projection, and patches back to a grid."""
     terms = transformer.scale_shift_table.unsqueeze(0) + embedded_BKd.unsqueeze(2)
     shift, scale = _spread(terms, token_timestep_N)
-    normed = torch.addcmul(shift, _layer_norm(hidden_BNd, transformer.norm_out), 1 + scale).type_as(hidden_BNd)
+    normed = torch.addcmul(shift, layer_norm(hidden_BNd, transformer.norm_out), 1 + scale).type_as(hidden_BNd)
     patch = transformer.config.patch_size
     grid = [side // step for side, step in zip(latent_shape, patch, strict=True)]
     tokens = transformer.proj_out(normed).view(hidden_BNd.shape[0], *grid, *patch, -1)
     velocity: Tensor = tokens.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
     return velocity
-
-
-def _layer_norm(hidden: Tensor, norm: Any) -> Tensor:
-    """In float32 or wider; the result stays wide. `nn.Identity` stands for Wan variants without a norm there."""
-    wide = _wide(hidden)
-    if isinstance(norm, nn.Identity):
-        return wide
-    weight, bias = (None if part is None else part.to(wide.dtype) for part in (norm.weight, norm.bias))
-    return F.layer_norm(wide, wide.shape[-1:], weight, bias, norm.eps)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in HALF else values
 
 
 _ROPES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Rope]] = weakref.WeakKeyDictionary()

@@ -173,8 +173,7 @@ def add_up(config: Config, spec: ModelSpec, costs: tuple[WeightCost, BlockCost],
         "weights": held,
         **trained,
         "activations": kept + block.shared_bytes,
-        "workspace of a block": max(block.recompute_bytes if again == weights.blocks else block.peak_bytes,
-                                    update_bytes(config, weights)),
+        "workspace of a block": max(block.peak_bytes, update_bytes(config, weights)),
         "latents of a batch": BATCH_COPIES * 4 * micro * channels * frames * height * width,
     }  # fmt: skip
     beside = {"streamed blocks": streamed, **trained_in_ram, "inputs of blocks": parked}
