@@ -274,8 +274,17 @@ def fetch(remote: Remote, record: FileRecord, store: Path, stop: threading.Event
     target = store / record.path
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = target.with_name(target.name + INCOMING)
-    with alone_in(incoming) as file:
-        if has(store, record):  # another process was first
+    while not has(store, record):
+        with incoming.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_at(file, incoming):  # else who had the lock before renamed or removed it
+                fill(remote, record, file, store, stop)
+
+
+def fill(remote: Remote, record: FileRecord, file: BufferedRandom, store: Path, stop: threading.Event) -> None:
+    """Complete a partial file that nobody else has locked, and give it its name; an empty one is removed."""
+    try:
+        if has(store, record):  # another process was first, between a look and the lock
             file.truncate(0)
             return
         resumed = os.fstat(file.fileno()).st_size > 0
@@ -283,28 +292,12 @@ def fetch(remote: Remote, record: FileRecord, store: Path, stop: threading.Event
             raise wrong_bytes(remote, record)
         file.flush()
         os.fsync(file.fileno())
-        incoming.replace(target)
-    sync(target.parent)
-
-
-@contextmanager
-def alone_in(path: Path) -> Iterator[BufferedRandom]:
-    """A file to append to that nobody else has open so; removed at the end when it is still there and empty.
-
-    Who waited for the lock may hold a file that was renamed or removed meanwhile: it opens the path anew.
-    """
-    while True:
-        with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not is_at(file, path):
-                continue
-            try:
-                yield file
-            finally:
-                file.flush()
-                if is_at(file, path) and not os.fstat(file.fileno()).st_size:
-                    path.unlink()
-            return
+        Path(file.name).replace(store / record.path)
+        sync((store / record.path).parent)
+    finally:
+        file.flush()
+        if is_at(file, Path(file.name)) and not os.fstat(file.fileno()).st_size:
+            Path(file.name).unlink()
 
 
 def is_at(file: BufferedRandom, path: Path) -> bool:
