@@ -4,6 +4,7 @@
 """
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def main(rows: str, peers: bool, out: Path) -> None:
     click.echo(f"device: {device()}")
     measured = []
     for name in wanted:
+        began = time.monotonic()
         click.echo(f"{name} ...", err=True)
         measured += run(known[name](), out)
+        click.echo(f"{name}: {time.monotonic() - began:.0f} s", err=True)
     click.echo(table(measured))
 
 

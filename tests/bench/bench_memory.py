@@ -30,7 +30,7 @@ def peak_of(*words: Any) -> Callable[[], float]:
 
 
 def positive(ours: float, theirs: float) -> None:
-    """Both ran to their end."""
+    """Both measured something."""
     assert ours > 0 and theirs > 0
 
 

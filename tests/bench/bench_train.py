@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from shared.files import write_json
 from shared.keys import caption_key
 from shared.models import ModelSpec, model_spec, spec_of_folder
 from shared.resolve import Choice, resolve, to_json
+from shared.store import ListedSample
 from shared.store_read import StoreReader
+from tests.bench.bench_memory import positive
 from tests.bench.harness import Pair
 from tests.train.make import config, listed, make_all, make_model, make_run, make_store
-from train.data import Draw, Slots, load_step
+from train.data import Draw, Plan, Slots, load_step
+from train.feed import prefetch
 from train.flow import SigmaLaw
 from train.group import Group
 from train.learner import Learner
@@ -47,7 +52,7 @@ def made(folder: Path, **changes: int) -> tuple[Run, ModelSpec, StoreReader]:
     return make_run(folder / "run", settings, store), spec, StoreReader([store])
 
 
-def our_step(run: Run, spec: ModelSpec, reader: StoreReader, slots: Slots) -> Callable[[], float]:
+def our_step(run: Run, spec: ModelSpec, reader: StoreReader, slots: Slots) -> Callable[..., float]:
     """One update as loop.py takes it."""
     model = load_model(spec, "single", run.config, CPU)
     bank, trained = make_trained(model, run, 0, reader, [])
@@ -56,7 +61,7 @@ def our_step(run: Run, spec: ModelSpec, reader: StoreReader, slots: Slots) -> Ca
         part.data = torch.randn(part.shape) * 0.02 if "lora_B" in name else part.data
     learner, alone = Learner(model, bank, trained, {}, make_optimizer(run.config, trained), None, None), Group()
 
-    def step() -> float:
+    def step(slots: Slots = slots) -> float:
         rate = set_rate(learner.optimizer, run.config, 0, 1)
         loss = accumulate(learner, [slots], run.config)
         learner.sum_gradients(alone)
@@ -116,15 +121,18 @@ def step() -> Iterator[Pair]:
         yield Pair("step", ours, stock, "stock diffusers + peft + AdamW", near, clock="cpu", rounds=7, unit="step")
 
 
+def demo_store(folder: Path, spec: ModelSpec) -> tuple[list[ListedSample], StoreReader]:
+    """16 samples of 64x64x9 with captions of ten words, in a store of random latents."""
+    captions = [f"a zorb of kind {number} moving left on a gray background" for number in range(16)]
+    samples = [listed(number, spec, (9, 64, 64), captions=(caption_key(text),)) for number, text in enumerate(captions)]
+    return samples, StoreReader([make_store(folder / "s.zarr", spec, samples, tuple(captions))])
+
+
 def step_demo() -> Iterator[Pair]:
     """The demo's update: tiny, 16 samples of 64x64x9, captions of ten words; and with every block checkpointed."""
     with tempfile.TemporaryDirectory() as name:
         folder, spec = Path(name), model_spec("tiny")
-        captions = [f"a zorb of kind {number} moving left on a gray background" for number in range(16)]
-        samples = [
-            listed(number, spec, (9, 64, 64), captions=(caption_key(text),)) for number, text in enumerate(captions)
-        ]
-        reader = StoreReader([make_store(folder / "s.zarr", spec, samples, tuple(captions))])
+        samples, reader = demo_store(folder, spec)
         for item, checkpointing in (("step-demo", "NONE"), ("step-demo-checkpointed", "DEFAULT")):
             changes = {"gradient_checkpointing": checkpointing, "caption_dropout_probability": 0.0}
             settings = resolve(Choice("demo")).config.model_copy(update=changes)
@@ -134,6 +142,35 @@ def step_demo() -> Iterator[Pair]:
             ours = our_step(run, spec, reader, slots)
             stock = stock_step(run, reader, slots, ours.tensors)  # type: ignore[attr-defined]
             yield Pair(item, ours, stock, "stock diffusers + peft + AdamW", near, clock="cpu", rounds=7, unit="step")
+
+
+def step_wait() -> Iterator[Pair]:
+    """Share of the demo's time that a step waits for its batch, over that of a loop that reads each batch itself."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, spec, law = Path(name), model_spec("tiny"), SigmaLaw("UNIFORM", 1.0)
+        samples, reader = demo_store(folder, spec)
+        settings = resolve(Choice("demo")).config
+        plan = Plan(samples, settings, settings.batch_size)
+        batches, steps = prefetch(reader, plan, law, (0, plan.total_steps()), Group()), iter(range(10**6))
+
+        def read() -> list[Slots]:
+            number = next(steps)
+            return load_step(reader, settings, law, number, plan.batch(number))
+
+        update = our_step(make_run(folder / "run", settings, folder / "s.zarr"), spec, reader, read()[0])
+
+        def share(fetch: Callable[[], list[Slots]]) -> float:
+            """Percent of the time of eight steps."""
+            began, waited = time.perf_counter(), 0.0
+            for _ in range(8):
+                asked = time.perf_counter()
+                (slots,) = fetch()
+                waited += time.perf_counter() - asked
+                update(slots)
+            return 100 * waited / (time.perf_counter() - began)
+
+        yield Pair("step-wait", partial(share, partial(next, batches)), partial(share, read), "reading it oneself",
+                   positive, clock="%", rounds=5)  # fmt: skip
 
 
 def step_compiled() -> Iterator[Pair]:
@@ -201,4 +238,4 @@ def start() -> Iterator[Pair]:
         yield Pair("resume", resume, fresh, "a fresh start", both_end_well, clock="cpu", unit="resume", warm_up=False)
 
 
-ITEMS = {"step": step, "step-compiled": step_compiled, "step-demo": step_demo, "start": start}
+ITEMS = {"step": step, "step-compiled": step_compiled, "step-demo": step_demo, "step-wait": step_wait, "start": start}

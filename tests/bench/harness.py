@@ -30,7 +30,7 @@ class Pair:
     baseline: Callable[[], Any]
     baseline_name: str
     equal: Callable[[Any, Any], None]
-    clock: str = "wall"  # or "cpu": user + system seconds of this process and its children; or "MiB": what calls return
+    clock: str = "wall"  # or "cpu": user + system seconds, children included; or the unit of what calls return
     rounds: int = ROUNDS  # of seconds at least five
     warm_up: bool = True  # the first calls are slower and not counted; False for what is a process of its own
     work: float = 1.0  # units done by one call, for the rate
@@ -39,7 +39,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """A measured item: seconds (or MiB) per call, median; their ratio baseline / ours (above 1: ours needs less)."""
+    """A measured item: seconds (or MiB, %) per call, median; their ratio baseline / ours (above 1: ours needs less)."""
 
     commit: str
     device: str
@@ -74,8 +74,8 @@ def timed(call: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, A
 
 
 def cost(pair: Pair, call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, or MiB; result) of one call."""
-    if pair.clock == "MiB":
+    """(seconds, or what it returns; result) of one call."""
+    if pair.clock not in CLOCKS:
         result = call()
         return float(result), result
     return timed(call, CLOCKS[pair.clock])
@@ -86,7 +86,7 @@ def measure(pair: Pair) -> Row:
     first, other = cost(pair, pair.ours), cost(pair, pair.baseline)
     pair.equal(first[1], other[1])
     ours, baseline = ([], []) if pair.warm_up else ([first[0]], [other[0]])
-    for turn in range(len(ours), pair.rounds if pair.clock == "MiB" else max(pair.rounds, ROUNDS)):
+    for turn in range(len(ours), max(pair.rounds, ROUNDS) if pair.clock in CLOCKS else pair.rounds):
         sides = [(ours, pair.ours), (baseline, pair.baseline)]
         for values, call in sides if turn % 2 == 0 else reversed(sides):
             values.append(cost(pair, call)[0])
@@ -103,7 +103,7 @@ def measure(pair: Pair) -> Row:
         spread=(max(ratios) - min(ratios)) / ratio,
         rounds=len(ours),
         clock=pair.clock,
-        rate="" if pair.clock == "MiB" else f"{pair.work / statistics.median(ours):.3g} {pair.unit}/s",
+        rate=f"{pair.work / statistics.median(ours):.3g} {pair.unit}/s" if pair.clock in CLOCKS else "",
         date=time.strftime("%Y-%m-%d"),
     )
 
@@ -148,7 +148,7 @@ def table(rows: list[Row]) -> str:
     head = ["item", "ours", "baseline", "", "ratio", "spread", "rate", "clock"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        unit = "MiB" if row.clock == "MiB" else "s"
+        unit = "s" if row.clock in CLOCKS else row.clock
         values = f"{row.ours_s:.4g} {unit}", f"{row.baseline_s:.4g} {unit}"
         lines.append([row.item, *values, row.baseline, f"{row.ratio:.2f}x", f"{row.spread:.0%}", row.rate, row.clock])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
