@@ -1,8 +1,8 @@
 """A concept learned as four rows of text, the tiny model frozen: samples wear its colour, by the commands a user runs.
 
 No caption of the tiny model says pink. The measure is the demo's: the share of a sample's foreground in the concept's
-pink is at least PINK. (Its stripes are beyond a frozen model that has never drawn any.) Seeds 0, 1, 2 gave 3, 3 and 4
-samples of 4 that show it, and none before; half of that is asked.
+pink is at least PINK. (Its stripes are beyond a frozen model that has never drawn any.) Seeds 0, 1, 2 gave 3, 4 and 4
+samples of 4 that show it after 40 updates, and none before; 2 are asked for.
 """
 
 import json
@@ -21,7 +21,7 @@ PROMPTS = [f"a <zorb> moving {way} on a {behind} background"
            for way, behind in zip(draw.DIRECTIONS, ("gray", "black", "black", "gray"), strict=True)]  # fmt: skip
 CONFIG = {"training_method": "EMBEDDING", "output_model_format": "SAFETENSORS", "prior": {"folders": []},
           "embedding": {"placeholder": "<zorb>", "token_count": 4, "initial_text": "a striped ring"},
-          "embedding_learning_rate": 0.05, "batch_size": 8, "max_steps": 200, "warmup_steps": 10,
+          "embedding_learning_rate": 0.1, "batch_size": 8, "max_steps": 40, "warmup_steps": 5, "sample_steps": 12,
           "caption_dropout_probability": 0.0, "sample_prompts": PROMPTS}  # fmt: skip
 
 
@@ -40,8 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
 def test_an_embedding_shows_its_concept(work: Path, seed: int) -> None:
     run = work / f"run{seed}"
     config = ("--work", work, "--preset", "demo", "--config", work / "my.json", "--set", f"seed={seed}")
