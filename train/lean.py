@@ -80,7 +80,7 @@ class Places:
 class LeanOptions:
     """How to compute; no choice changes the result."""
 
-    fuse_qkv: bool = True  # False: call every linear as a module
+    fuse_qkv: bool = True  # False: call every linear and RMS norm as a module
     checkpoint_blocks: int = 0  # so many leading blocks keep their input only and are computed again in the backward
     temporal_attention: bool = True  # False: self-attention inside each latent frame only (this one does change it)
     attention: str = "native"  # backend of self-attention, by diffusers' name
@@ -177,8 +177,8 @@ def block_forward(
 
 def _self_attention(attention: Any, hidden_BNd: Tensor, rope: Rope, fuse: bool) -> Tensor:
     query, key, value = linears(hidden_BNd, [attention.to_q, attention.to_k, attention.to_v], fuse)
-    query = _rotate(_heads(rms_norm(query, attention.norm_q), attention.heads), rope)
-    key = _rotate(_heads(rms_norm(key, attention.norm_k), attention.heads), rope)
+    query = _rotate(_heads(rms_norm(query, attention.norm_q, fuse), attention.heads), rope)
+    key = _rotate(_heads(rms_norm(key, attention.norm_k, fuse), attention.heads), rope)
     value = _heads(value, attention.heads)
     mixed = _attend(query, key, value, rope)
     return linears(mixed.reshape(hidden_BNd.shape[0], hidden_BNd.shape[1], -1), [attention.to_out[0]], fuse)[0]
@@ -205,7 +205,7 @@ def _spans(states_BNHD: Tensor, tokens: int) -> Tensor:
 def _cross_attention(attention: Any, hidden_BNd: Tensor, text: Text, fuse: bool) -> Tensor:
     (query,) = linears(hidden_BNd, [attention.to_q], fuse)
     key, value = linears(text.rows_BSd, [attention.to_k, attention.to_v], fuse)
-    parts = (rms_norm(query, attention.norm_q), rms_norm(key, attention.norm_k), value)
+    parts = (rms_norm(query, attention.norm_q, fuse), rms_norm(key, attention.norm_k, fuse), value)
     query, key, value = (_heads(part, attention.heads).transpose(1, 2) for part in parts)
     bias = None if text.bias_B11S is None else text.bias_B11S.to(query.dtype)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 HALF = (torch.float16, torch.bfloat16)
 
 
-def rms_norm(hidden: Tensor, norm: Any) -> Tensor:
-    """In the dtype of its weight, which autocast leaves wider than what comes in; the result is as narrow as that."""
+def rms_norm(hidden: Tensor, norm: Any, fuse: bool = True) -> Tensor:
+    """In the dtype of its weight, which autocast leaves wider than what comes in; the result is as narrow as that.
+
+    With `fuse` off it is called as the module it is.
+    """
     given = hidden.to(norm.weight.dtype)
-    if given.device.type != "cuda" and given.dtype not in HALF and not torch.compiler.is_compiling():
+    if fuse and given.device.type != "cuda" and given.dtype not in HALF and not torch.compiler.is_compiling():
         normed: Tensor = RmsNorm.apply(given, norm.weight, norm.eps)  # type: ignore[no-untyped-call]
     else:
         normed = norm(given)
