@@ -10,7 +10,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 DEV := $(VENV)/ready-dev
-export DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT IMAGE SHA256 ROWS OUT CARD GPUS
+FLAGS := DATA SET CONFIG PRESET MODEL WORK STORE RUN RESUME FORMAT TO FROM REPO SHARD FFMPEG PROMPT IMAGE SHA256 ROWS OUT \
+         CARD GPUS DRY_RUN PRIVATE
+export $(FLAGS)
+# a misspelt variable would change nothing, without a word
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(filter-out $(FLAGS) TORCH TORCH_INDEX PYTHON RAY VENV,$(GIVEN))
+ifneq ($(UNKNOWN),)
+$(error $(firstword $(UNKNOWN))=$($(firstword $(UNKNOWN))): no target knows this variable; make help lists them)
+endif
 
 # --flag "$VALUE" for each variable that is set; values travel through the environment, so any character is safe
 flag = $(if $($(1)),--$(2) "$$$(1)")
@@ -29,7 +37,7 @@ help: ## this list
 	echo "Variables, as in make train PRESET=8gb; settings are laid over each other in this order:"
 	echo "  settings    PRESET=16gb  CONFIG=my.json  MODEL=t2v-a14b  SET=\"seed=3 batch_size=2\""
 	echo "  places      DATA=videos/  WORK=work  STORE=\$$WORK/latents.zarr  RUN=runs/name  OUT=  TO=  FROM=  REPO=  SHA256="
-	echo "  runs        RESUME=no  PROMPT=\"...\"  IMAGE=first_frame.png  FORMAT=COMFY_LORA|DIFFUSERS_LORA|KOHYA_LORA|..."
+	echo "  runs        RESUME=no  DRY_RUN=yes  PRIVATE=yes  PROMPT=\"...\"  IMAGE=first_frame.png  FORMAT=COMFY_LORA|DIFFUSERS_LORA|KOHYA_LORA|..."
 	echo "  machine     TORCH=cpu|cuda|rocm  TORCH_INDEX=URL  PYTHON=python3.12  FFMPEG=path  CARD=GiB  GPUS=2  SHARD=1/4  ROWS=names"
 
 setup: $(READY) ## .venv with pinned packages (TORCH=cpu|cuda|rocm or TORCH_INDEX=URL; default: detected)
@@ -54,9 +62,9 @@ $(READY): pyproject.toml constraints.txt shared/torch_build.py
 	  echo "error: Python 3.11, 3.12 or 3.13 with venv is needed (zarr 3 rules out 3.10); install it, or give PYTHON=path" >&2
 	  exit 2
 	fi
+	torch=$$($(PYTHON) shared/torch_build.py $(CHOICE)) || exit 2
 	rm -f $(READY)
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
-	torch=$$($(PYTHON) shared/torch_build.py $(CHOICE))
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
 	echo "installing packages into $(VENV) (once; some minutes) ..."
 	$(PY) -m pip install -q -c constraints.txt $$torch torch
@@ -112,7 +120,7 @@ explain: $(READY) ## the resolved configuration, and where each value came from
 sample: $(READY) ## RUN=runs/... PROMPT="..." [IMAGE=first frame]: videos from a trained adapter
 	@$(PY) -m train sample $(run_flag) $(call flag,PROMPT,prompt) $(call flag,IMAGE,image) $(call flag,OUT,out)
 
-export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA: convert a finished run
+export: $(READY) ## RUN=runs/... FORMAT=COMFY_LORA|DIFFUSERS_LORA|KOHYA_LORA: convert a finished run
 	@$(PY) -m train export $(run_flag) $(call flag,FORMAT,format) $(call flag,OUT,out)
 
 embed: $(READY) ## RUN=runs/... PROMPT="...": the prompt's embedding, with a learned concept, for diffusers
@@ -121,8 +129,8 @@ embed: $(READY) ## RUN=runs/... PROMPT="...": the prompt's embedding, with a lea
 workflow: $(READY) ## RUN=runs/...: a ComfyUI workflow that loads the result
 	@$(PY) -m train workflow $(run_flag) $(call flag,OUT,out)
 
-publish: $(READY) ## RUN=runs/... REPO=user/name [DRY_RUN=yes]: model card, samples and results to the Hub
-	@$(PY) -m train publish $(run_flag) $(call flag,REPO,repo) $(if $(DRY_RUN),--dry-run) $(if $(PRIVATE),--private)
+publish: $(READY) ## RUN=runs/... REPO=user/name [DRY_RUN=yes PRIVATE=yes]: model card, samples and results to the Hub
+	@$(PY) -m train publish $(run_flag) $(call flag,REPO,repo) $(call flag,DRY_RUN,dry-run) $(call flag,PRIVATE,private)
 
 test: $(DEV) ## the tests, as CI runs them
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not soak and not gpu"

@@ -140,7 +140,7 @@ def prompts(work: Path, store: Path | None, choice: Choice, texts: tuple[str, ..
             from encode.worker import Job, run
 
             run(Job(work, store, resolved.config, resolved.spec, recipe), plan)
-    click.echo(f"{store}: {plan.rows} texts embedded, {len(wanted) - plan.rows} were there")
+    click.echo(f"{store}: {counted(plan.rows, 'text')} embedded, {len(wanted) - plan.rows} were there")
 
 
 @main.command()
@@ -173,6 +173,8 @@ def verify(work: Path, store: Path | None, choice: Choice, count: int) -> None:
             click.echo(f"  {pair.psnr:5.1f} dB  {pair.sample.source} at {pair.sample.start:g} s ({pair.sample.bucket})")
         write_report(work / "verify.png", compared)
         click.echo(f"  side by side: {work / 'verify.png'}")
+    elif count:
+        click.echo(f"there are no clips at {work} to compare it with")
 
 
 @main.command()
@@ -185,7 +187,7 @@ def push(work: Path, store: Path | None, place: str) -> None:
 
     with ExitStack() as stack:
         sha256, count = copy(store or work / "latents.zarr", place, transfer_bar(stack, "push"))
-    click.echo(f"{place}: {count} files copied; fetch with: make pull FROM={place} SHA256={sha256}")
+    click.echo(f"{place}: {counted(count, 'file')} copied; fetch with: make pull FROM={place} SHA256={sha256}")
 
 
 @main.command()
@@ -200,7 +202,8 @@ def pull(work: Path, store: Path | None, place: str, sha256: str) -> None:
     target = store or work / "latents.zarr"
     with ExitStack() as stack:
         count = copy(place, target, sha256 or None, transfer_bar(stack, "pull"))
-    click.echo(f"{target}: {count} files fetched and verified; train from it with: make train STORE={target}")
+    click.echo(f"{target}: {counted(count, 'file')} fetched and verified; train from it with: make train "
+               f"STORE={target}, and the PRESET, MODEL and sizes it was encoded with")  # fmt: skip
 
 
 def transfer_bar(stack: ExitStack, name: str) -> Callable[[int, int], Callable[[float], None]]:

@@ -34,7 +34,7 @@ class Part:
         """'2/4' -> the second of four; '' -> everything."""
         number, slash, count = (text or "1/1").partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise ConfigError(f"SHARD={text}: not like 1/4 (the first of four parts)")
+            raise ConfigError(f"SHARD={text}: give i/n with i from 1 to n, as 1/4 for the first of four parts")
         return cls(int(number), int(count))
 
     def owns(self, position: int) -> bool:

@@ -23,7 +23,7 @@ from ingest.ledger import Ledger, Outcome, fold_outcomes, read_ledger, write_led
 from ingest.pack import Kept, pack, shards_on_disk
 from ingest.plan import Planner, refuse_unknown_folders
 from ingest.report import write_report
-from ingest.runner import Runner, ffmpeg_version
+from ingest.runner import Runner, ffmpeg_version, found_program
 from ingest.scenes import SceneJob, find_scenes
 from ingest.transcode import transcode
 from shared.cli import Group, config_options, work_option
@@ -71,7 +71,7 @@ def main(
         return
     if data is None:
         raise DatasetError("DATA is missing: the folder of your videos; run: make ingest DATA=my_videos/")
-    ingest(Order(data, work, choice, ffmpeg or None, rehash))
+    ingest(Order(data, work, choice, found_program(ffmpeg) if ffmpeg else None, rehash))
 
 
 @main.command("import", short_help="Another trainer's dataset file: a folder of links, and a config.")

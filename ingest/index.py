@@ -46,7 +46,7 @@ def source_record(source: Source) -> SourceFacts:
 def sample_record(config: Config, source: Source, sample: Sample, shard: str, split: Split) -> SampleRecord:
     """A sample as the index names it; captions are final."""
     folder = source.found.folder
-    prior = any(in_folder(folder, name) for name in config.prior.folders)
+    prior = is_prior(config, folder)
     named = [name for name in config.concepts if in_folder(folder, name)]
     return SampleRecord(
         key=sample.key,
@@ -72,15 +72,20 @@ def sample_record(config: Config, source: Source, sample: Sample, shard: str, sp
 def held_out(config: Config, sources: Iterable[Source]) -> set[str]:
     """sha256 of the sources that are for validation, by sub-folder or by hash: the same on any machine.
 
-    A hash that is a share of 1 below `validation.fraction` is held out; where none is so low, the lowest one, so that
-    a few sources have one held out too.
+    A hash that is a share of 1 below `validation.fraction` is held out. Where nothing is held out so, the lowest hash
+    of two or more sources that are no prior is: of a few sources it may be another one when some are added.
     """
     folder, fraction = config.validation.folder, config.validation.fraction
     folders = {source.sha256: source.found.folder for source in sources}
     held = {name for name, place in folders.items() if folder is not None and in_folder(place, folder)}
-    rest = sorted(folders.keys() - held)
-    drawn = [name for name in rest if int(name[:8], 16) / 16**8 < fraction]
-    return held.union(drawn or (rest[:1] if fraction and len(rest) > 1 and not held else ()))
+    held |= {name for name in folders if int(name[:8], 16) / 16**8 < fraction}
+    plain = sorted(name for name, place in folders.items() if not is_prior(config, place))
+    return held or set(plain[:1] if fraction and len(plain) > 1 else ())
+
+
+def is_prior(config: Config, folder: str) -> bool:
+    """Whether a sub-folder is of ordinary clips that keep what the model knew."""
+    return any(in_folder(folder, name) for name in config.prior.folders)
 
 
 def scaled_up(decision: Decision) -> int:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -36,19 +37,14 @@ class Runner:
 
     def run(self, arguments: list[str], folder: Path, limit: float) -> None:
         """Run ffmpeg in `folder`; raises Unusable with its complaint, OSError for a full disk."""
-        try:
-            process = subprocess.Popen(
-                [self.ffmpeg, *arguments],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for us; stop() ends these
-            )
-        except FileNotFoundError:
-            raise ConfigError(
-                f"FFMPEG={self.ffmpeg}: no such program; leave FFMPEG unset to use the bundled one"
-            ) from None
+        process = subprocess.Popen(
+            [self.ffmpeg, *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us; stop() ends these
+        )
         self.running.add(process)
         try:
             _, errors = process.communicate(timeout=limit)
@@ -81,6 +77,14 @@ def ffmpeg_version(program: str) -> str:
     """For example 'n9.0.2-17-g2a571b6068-20260930'."""
     said = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout
     return said.split()[2]
+
+
+def found_program(program: str) -> str:
+    """Absolute path of a program, which runs in other folders; raises ConfigError when there is none."""
+    found = shutil.which(program)
+    if found is None:
+        raise ConfigError(f"FFMPEG={program}: no such program; leave FFMPEG unset to use the bundled one")
+    return str(Path(found).absolute())
 
 
 def complaint(errors: str) -> Exception:

@@ -25,6 +25,9 @@ FULL, CLOSED, MIXED_UP = (
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL)
 ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES), CLOSED)
 ADVICE |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), MIXED_UP)
+MAKE_VARIABLES = ("DATA", "SET", "CONFIG", "PRESET", "MODEL", "WORK", "STORE", "RUN", "RESUME", "FORMAT", "TO", "FROM",
+                  "REPO", "SHARD", "FFMPEG", "PROMPT", "IMAGE", "SHA256", "ROWS", "OUT", "CARD", "GPUS", "DRY_RUN",
+                  "PRIVATE")  # fmt: skip
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
@@ -46,9 +49,6 @@ class Group(click.Group):
         """Run the command line."""
         try:
             return super().main(*args, **kwargs | {"standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(2)
         except click.ClickException as error:
             click.echo(f"error: {one_line(error)}; --help explains", err=True)
             sys.exit(2)
@@ -72,8 +72,9 @@ def one_line(error: click.ClickException) -> str:
     if not isinstance(error, click.BadParameter) or error.param is None:
         return said
     flag = error.param.opts[0]
-    variable = f"(with make: {flag.strip('-').upper()}=...)"
-    return f"{flag} is missing {variable}" if isinstance(error, click.MissingParameter) else f"{said} {variable}"
+    variable = flag.strip("-").upper().replace("-", "_")
+    hint = f" (with make: {variable}=...)" if variable in MAKE_VARIABLES else ""
+    return f"{flag} is missing{hint}" if isinstance(error, click.MissingParameter) else said + hint
 
 
 def work_option(command: Command) -> Command:

@@ -126,7 +126,7 @@ class ValidationConfig(Strict):
     """Held-out clips at fixed timesteps and fixed noise."""
 
     fraction: float = Field(
-        0.0, ge=0, lt=1, description="share of sources held out, by hash of their bytes; one at least"
+        0.0, ge=0, lt=1, description="share of sources held out, by hash of their bytes; one of two or more at least"
     )
     folder: str | None = Field(None, description="sub-folder that is held out whole")
     timesteps: int = Field(4, ge=1, le=64, description="quantiles of the timestep distribution that are measured")

@@ -142,7 +142,7 @@ def read_layer(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"CONFIG={path}: no such file") from None
+        raise ConfigError(f"CONFIG={path}: no such file; give the path of a JSON file of settings") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON ({error}); mend it, or remove it and start again") from None
     if not isinstance(value, dict):
@@ -203,9 +203,9 @@ def validate(values: dict[str, Any], sources: dict[str, str]) -> Config:
         key = next(
             (".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in sources), ".".join(path)
         )
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(unknown_key(".".join(path))) from None
         where = sources.get(key, "default")
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{unknown_key('.'.join(path))} (from {where})") from None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{key}: {message} (value {first['input']!r}, from {where})") from None
 

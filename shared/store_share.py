@@ -295,7 +295,7 @@ def fill(remote: Remote, record: FileRecord, file: BufferedRandom, store: Path, 
         Path(file.name).replace(store / record.path)
         sync((store / record.path).parent)
     finally:
-        file.flush()
+        file.flush()  # a short beginning is in the buffer alone, and is kept
         if is_at(file, Path(file.name)) and not os.fstat(file.fileno()).st_size:
             Path(file.name).unlink()
 

@@ -46,7 +46,8 @@ def pip_arguments(choice: str) -> tuple[str, str]:
     if reachable(url):
         return f"--index-url {url}", f"torch: {build} build ({'asked for' if asked else 'detected'})"
     if asked and build != "cpu":
-        sys.exit(f"error: TORCH={choice}: {url} cannot be reached; give another index with TORCH_INDEX=URL")
+        sys.exit(f"error: TORCH={choice}: {url} cannot be reached; TORCH is cpu, cuda, rocm or a build such as cu128, "
+                 "and TORCH_INDEX=URL another index")  # fmt: skip
     return "", f"torch: {build} build wanted, {url} cannot be reached: PyPI's build, which runs on any machine"
 
 

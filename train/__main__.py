@@ -20,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `deterministic` n
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 Command = Callable[..., Any]
+YES_NO = click.Choice(["yes", "no"])
 
 HELP = """Train on a latent store; nothing but the DiT and its gradients is in memory.
 
@@ -231,9 +232,9 @@ def workflow(run: Path | None, out: Path | None) -> None:
 @main.command()
 @run_option
 @click.option("--repo", default="", help="user/name on the Hub.")
-@click.option("--private", is_flag=True, help="Only you see the repository.")
-@click.option("--dry-run", is_flag=True, help="Write the folder, upload nothing.")
-def publish(run: Path | None, repo: str, private: bool, dry_run: bool) -> None:
+@click.option("--private", type=YES_NO, default="no", help="yes: only you see the repository.")
+@click.option("--dry-run", type=YES_NO, default="no", help="yes: write the folder, upload nothing.")
+def publish(run: Path | None, repo: str, private: str, dry_run: str) -> None:
     """Upload a run's result with a model card: settings, trigger words, samples, validation curve."""
     folder = named_run(run)
     if "/" not in repo:
@@ -241,7 +242,9 @@ def publish(run: Path | None, repo: str, private: bool, dry_run: bool) -> None:
     from train.publish import publish as publish_run
     from train.run import open_run
 
-    click.echo(f"{'wrote' if dry_run else 'published'} {publish_run(open_run(folder), repo, dry_run, private)}")
+    dry = dry_run == "yes"
+    place = publish_run(open_run(folder), repo, dry, private == "yes")
+    click.echo(f"wrote {place}; look at it, then leave DRY_RUN out" if dry else f"published {place}")
 
 
 if __name__ == "__main__":

@@ -96,8 +96,7 @@ def fit(config: Config, spec: ModelSpec, plan: MemoryPlan) -> Finding:
     except RunError as error:
         return Finding("error", str(error))
     on_card = f"{plan.need / GIB:.1f} GiB on the card and " if plan.room.gpu else ""
-    return Finding("ok", f"{spec.name} with this config needs {on_card}{plan.ram / GIB:.1f} GiB of RAM to train; make "
-                   "plan shows why")  # fmt: skip
+    return Finding("ok", f"{spec.name} with this config needs {on_card}{plan.ram / GIB:.1f} GiB of RAM to train")
 
 
 def gpu(config: Config, said: str) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ class BlockCost:
     input_bytes: int  # hidden states: what a checkpoint keeps
     shared_bytes: int  # text rows, timesteps, rotary tables: once for all blocks
     saved_bytes: int  # kept for the backward when it is not checkpointed, its output included
-    peak_bytes: int  # most that is alive beyond the input, over forward (the first or a second one) and backward
+    peak_bytes: int  # most that is alive beyond the input, over forward and backward, once more or not
     forward_flops: int
     backward_flops: int
 
@@ -180,7 +180,7 @@ def block_cost(spec: ModelSpec, config: Config, bucket: Bucket, micro_batch: int
             input_bytes=hidden.nbytes,
             shared_bytes=sum(part.nbytes for part in tree_leaves([text, modulation, rope]) if isinstance(part, Tensor)),
             saved_bytes=saved,
-            peak_bytes=peak,
+            peak_bytes=peak + hidden.nbytes,  # with the gradient that comes in
             forward_flops=flops[0],
             backward_flops=flops[1],
         )

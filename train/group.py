@@ -91,11 +91,13 @@ ALONE = Group()
 def join() -> Group:
     """The group that torchrun or accelerate started, or a group of one; the run says how many there are.
 
-    Raises RunError when a launcher was asked for something that it does not start, or that this trainer does itself.
+    Raises RunError when a launcher was asked for something that it does not start, or that this trainer does itself,
+    and when the driver cannot do what the processes need.
     """
     refuse_odd_launch(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Group()
+    os.environ.setdefault("LOCAL_RANK", "0")  # launchers of one process per machine leave it out; accelerate needs it
     cpu = not torch.cuda.is_available()
     try:
         state = PartialState(cpu, backend="gloo" if cpu else "cpu:gloo,cuda:nccl")

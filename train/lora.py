@@ -51,7 +51,7 @@ def _lower(hidden: Tensor, adapters: Sequence[_Adapter]) -> tuple[Tensor, Sequen
         return hidden, []
     down = [a.down_rd.to(hidden.dtype) for a in adapters]
     stacked = torch.cat(down) if len(down) > 1 else down[0]
-    if not hidden.requires_grad or torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
+    if not hidden.requires_grad or torch.compiler.is_compiling():
         low = F.linear(hidden, stacked)
     else:
         hidden, low = _Lower.apply(hidden, stacked)  # type: ignore[no-untyped-call]

@@ -29,7 +29,7 @@ from train.memory import plan_for_device
 from train.method import make_trained
 from train.model import TextBank, load_model, pick_device, refuse_mismatch
 from train.phases import make_phases
-from train.run import Run, open_run, start_folder
+from train.run import Run, is_run, open_run, start_folder
 from train.sample import (
     Pictures,
     Scene,
@@ -71,13 +71,14 @@ def start(
     memory = plan_for_device(run.config, run.spec, pick_device())
     refuse_if_too_large(memory, run.config, run.spec)
     torch.use_deterministic_algorithms(run.config.deterministic)
+    how = "goes on" if is_run(run.folder) else "new"
     remarks = group.agree(lambda: start_folder(run, data.fingerprint))
     state, more = restore(run, data, group)
     done = state.step if state is not None else 0
     with RunLog(run.folder, done, plan.total_steps()) if group.first else NoLog() as log:
         several = [f"processes: {group.world}"] if group.world > 1 else []
         facts = [*derived(run.resolved), attention.said, *several, *plan_lines(run.resolved, data, plan)]
-        for line in [f"run: {run.folder}", *facts, *remarks, *more]:
+        for line in [f"run: {run.folder} ({how})", *facts, *remarks, *more]:
             log.say(line)
         log.text("config", run.config.model_dump_json(indent=1))
         try:
@@ -149,7 +150,7 @@ def wished_scene(run: Run, wish: dict[str, Any], pictures: Pictures | None) -> S
     scene = scene_of(run.config, run.spec, pictures.bucket if pictures is not None else size)
     prompts = tuple(wish["prompts"]) or scene.prompts
     if not prompts:
-        raise RunError('nothing to sample: give --prompt "...", or set sample_prompts')
+        raise RunError('nothing to sample: give PROMPT="...", or set sample_prompts for the next run')
     guidance = scene.guidance if wish["guidance"] is None else (wish["guidance"], wish["guidance"])
     return replace(
         scene,

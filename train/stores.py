@@ -15,7 +15,7 @@ from shared.errors import StoreError
 from shared.geometry import geometry
 from shared.keys import EMPTY_CAPTION, fingerprint
 from shared.listing import listed_samples
-from shared.models import ModelSpec
+from shared.models import SPECS, ModelSpec
 from shared.shards import index_path, read_index
 from shared.store import DatasetList, ListedSample, Marker, open_store, read_datasets, recipe_key
 from shared.store_read import StoreReader, fresh_units
@@ -98,10 +98,10 @@ def fitting_units(markers: list[Marker], spec: ModelSpec, stores: list[Path]) ->
     texts = [marker for marker in markers if marker.kind == "text" and marker.text_dim == spec.text_dim]
     where, mend = ", ".join(map(str, stores)), f"encode again with: make encode MODEL={spec.name}"
     if not any(marker.kind == "latents" for marker in latents):
-        channels = sorted({f"{marker.shape[1]} channels" for marker in markers if marker.kind == "latents"})
+        others = sorted({vae_in_words(marker) for marker in markers if marker.kind == "latents"})
         raise StoreError(
-            f"{where}: no latents of {spec.name}'s VAE ({spec.vae.channels} channels); those of another are there "
-            f"({', '.join(channels) or 'none'}); name the model it was encoded for with MODEL=, or {mend}"
+            f"{where}: no latents of {spec.name}'s VAE ({spec.vae.channels} channels); it has those of "
+            f"{'; '.join(others) or 'none'}; name the model it was encoded for with MODEL=, or {mend}"
         )
     if not texts:
         dims = sorted({str(marker.text_dim) for marker in markers if marker.kind == "text"})
@@ -115,6 +115,12 @@ def fitting_units(markers: list[Marker], spec: ModelSpec, stores: list[Path]) ->
             odd = differing(list(recipes.values()))
             raise StoreError(f"{where}: {kind} made in {len(recipes)} ways (other {odd}) do not mix; {mend}")
     return latents + texts
+
+
+def vae_in_words(marker: Marker) -> str:
+    """The models that a unit of latents may be for."""
+    names = [name for name, spec in SPECS.items() if spec.vae.fingerprint == marker.vae_kind]
+    return f"{' or '.join(names) or 'another model'} ({marker.shape[1]} channels)"
 
 
 def differing(recipes: list[dict[str, Any]]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from shared.cli import Group
+from shared.errors import ConfigError
 from tests.bench.harness import FOLDER, Pair, device, run, table
 
 
@@ -21,7 +23,7 @@ def items(peers: bool) -> dict[str, Callable[[], Iterator[Pair]]]:
     return found
 
 
-@click.command()
+@click.group(cls=Group, invoke_without_command=True)
 @click.option("--rows", default="", help="Names of items, separated by commas; default: all.")
 @click.option("--peers", is_flag=True, help="The items that need environments of their own.")
 @click.option("--out", type=click.Path(path_type=Path), default=FOLDER / "rows.jsonl", show_default=True)
@@ -30,7 +32,7 @@ def main(rows: str, peers: bool, out: Path) -> None:
     known = items(peers)
     wanted = [name.strip() for name in rows.split(",") if name.strip()] or list(known)
     if unknown := sorted(set(wanted) - set(known)):
-        raise click.UsageError(f"ROWS={rows}: no item {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise ConfigError(f"ROWS={rows}: no item {', '.join(unknown)}; there are: {', '.join(known)}")
     click.echo(f"device: {device()}")
     measured = []
     for name in wanted:

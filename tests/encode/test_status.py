@@ -53,7 +53,7 @@ def test_status_says_what_encode_would_do(work: Path, model: Path) -> None:
     assert "to encode: 7 new latents, " in command(*arguments)
     run(work, model)
     said = command(*arguments)
-    assert "latents: 7 rows in 3 units" in said
+    assert "latents: 7 rows in 3 units" in said and "in 1 unit," in said
     assert "make train" in said
     index = read_index(work)
     write_index(work, index.model_copy(update={"samples": index.samples[1:]}))

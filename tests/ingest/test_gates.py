@@ -138,6 +138,7 @@ def test_a_re_encoded_copy_is_a_near_duplicate_and_another_clip_is_not(tmp_path:
     assert [(drop.source, drop.reason.split(":")[0]) for drop in index.dropped] == [
         ("the_same_board.mp4", "looks like a_board.mp4")
     ]
+    assert "gates.near_duplicate asks for more than" in index.dropped[0].reason
     assert len(run_ingest(data, tmp_path / "work", "gates.near_duplicate=null").samples) == 3
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import webdataset
 from PIL import Image
 
 from ingest.index import drop_lines
+from ingest.index import held_out as held_out_of
+from shared.config import Config
 from shared.errors import ConfigError, DatasetError
 from shared.files import sha256_of
 from shared.shards import Drop, Index, read_index, shard_folder
@@ -171,7 +175,7 @@ def held_out(index: Index) -> set[str]:
     return {sample.source for sample in index.samples if sample.split == "validation"}
 
 
-def test_a_fraction_is_held_out_by_content(tmp_path: Path) -> None:
+def test_a_fraction_is_held_out_by_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_dataset(tmp_path / "data", {f"clip{n}.mp4": f"board {n}" for n in range(8)})
     some = held_out(run_ingest(data, tmp_path / "work", "validation.fraction=0.5"))
     more = held_out(run_ingest(data, tmp_path / "work", "validation.fraction=0.9"))
@@ -179,7 +183,28 @@ def test_a_fraction_is_held_out_by_content(tmp_path: Path) -> None:
     assert some <= more
     one = run_ingest(data, tmp_path / "work", "validation.fraction=0.0001")  # no hash is so low: the lowest one
     assert len(held_out(one)) == 1 and held_out(one) <= some
+    assert "1 of them held out for validation" in capsys.readouterr().out
     assert not held_out(run_ingest(data, tmp_path / "work", "validation.fraction=0"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "held"),
+    [
+        ({"5": "a"}, ""),  # one is trained
+        ({"5": "a", "6": "a"}, "5"),
+        ({"1": "zorb", "2": "prior", "3": "prior"}, ""),  # the only one of the concept is trained
+        ({"3": "zorb", "2": "zorb", "1": "prior"}, "2"),
+        ({"9": "held", "5": "a", "6": "a"}, "9"),
+    ],
+)
+def test_where_no_hash_is_low_enough_one_of_several_is_held_out(sources: dict[str, str], held: str) -> None:
+    values = {"validation": {"fraction": 1e-3, "folder": "held"}, "prior": {"folders": ["prior"]}}
+    settings = Config.model_validate(values)
+    found: Any = [SimpleNamespace(sha256=first * 64, found=SimpleNamespace(folder=folder))
+                  for first, folder in sources.items()]  # fmt: skip
+    assert held_out_of(settings, found) == {first * 64 for first in held}
+    both = settings.model_copy(update={"validation": settings.validation.model_copy(update={"fraction": 0.36})})
+    assert held_out_of(both, found) >= {first * 64 for first in sources if first < "6" and sources[first] != "held"}
 
 
 def test_a_clip_that_is_too_short_is_dropped_with_its_length(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """How commands end when the disk or the user says no: in one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from shared.cli import MAKE_VARIABLES
 from tests.e2e.commands import ROOT, refused
 
 
@@ -37,6 +39,17 @@ def test_a_value_that_no_option_takes_is_one_line() -> None:
     assert refused("train", "--resume", "maybe").endswith("(with make: RESUME=...); --help explains")
     assert "abc" in refused("train", "plan", "--card", "abc")
     assert "--presett" in refused("train", "--presett", "cpu")
+
+
+def test_make_variables_are_those_of_the_makefile() -> None:
+    listed = re.search(r"^FLAGS := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert listed is not None and listed[1].replace("\\", " ").split() == list(MAKE_VARIABLES)
+    assert "with make" not in refused("train", "sample", "--seed", "abc")  # there is no such variable
+
+
+def test_a_variable_that_no_target_knows_is_refused() -> None:
+    done = subprocess.run(["make", "help", "PREST=8gb"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "PREST=8gb: no target knows this variable" in done.stderr
 
 
 def test_a_missing_option_is_one_line_that_names_the_make_variable() -> None:

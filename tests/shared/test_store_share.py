@@ -1,8 +1,10 @@
 """Sharing a store: what arrives is what was pushed, only what is missing travels, and nothing foreign is trusted."""
 
+import fcntl
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ from shared.errors import StoreError
 from shared.store import read_datasets, read_markers
 from shared.store_copy import local_store
 from shared.store_read import StoreReader
-from shared.store_share import INCOMING, MANIFEST, look, pull, push
+from shared.store_remote import open_remote
+from shared.store_share import INCOMING, MANIFEST, fetch, fill, look, pull, push
 from tests.formats.stores import example, normal, write_rows
 from tests.shared.places import add_file, files_of, quiet
 from tests.shared.servers import plain_server, range_server
@@ -100,6 +103,36 @@ def test_pulls_at_the_same_time_agree(tmp_path: Path) -> None:
         for thread in pulls:
             thread.join()
     assert files_of(tmp_path / "b.zarr") == files_of(store)
+
+
+def test_who_waited_for_a_file_that_went_makes_a_new_one(tmp_path: Path) -> None:
+    store, copy = example(tmp_path / "a.zarr"), tmp_path / "b.zarr"
+    push(store, str(tmp_path / "there"), quiet)
+    record = next(record for marker in read_markers(store) for record in marker.files if "/c/" in record.path)
+    incoming = copy / (record.path + INCOMING)
+    incoming.parent.mkdir(parents=True)
+    with incoming.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remote, stop = open_remote(str(tmp_path / "there")), threading.Event()
+        waiting = threading.Thread(target=fetch, args=(remote, record, copy, stop))
+        waiting.start()
+        time.sleep(0.3)
+        incoming.unlink()
+    waiting.join()
+    assert (copy / record.path).read_bytes() == (store / record.path).read_bytes()
+    with incoming.open("a+b") as late:  # of who looked before the file had its name
+        fill(remote, record, late, copy, stop)
+    assert not incoming.exists()
+
+
+def test_a_file_of_another_size_is_fetched_again(tmp_path: Path) -> None:
+    store, copy = example(tmp_path / "a.zarr"), tmp_path / "b.zarr"
+    push(store, str(tmp_path / "there"), quiet)
+    pull(str(tmp_path / "there"), copy, None, quiet)
+    record = next(record for marker in read_markers(store) for record in marker.files if "/c/" in record.path)
+    (copy / record.path).write_bytes(b"?")
+    pull(str(tmp_path / "there"), copy, None, quiet)
+    assert files_of(copy) == files_of(store)
 
 
 def test_the_manifest_can_be_required(tmp_path: Path) -> None:

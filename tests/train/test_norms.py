@@ -15,6 +15,14 @@ def test_gradients_are_those_of_finite_differences(trained: bool) -> None:
     assert torch.autograd.gradcheck(lambda *values: RmsNorm.apply(*values, 1e-2), (hidden, weight))
 
 
+def test_a_wider_weight_computes_wide_and_answers_narrow() -> None:
+    torch.manual_seed(0)
+    norm, hidden = torch.nn.RMSNorm(64, eps=1e-6), torch.randn(2, 7, 64).bfloat16()
+    norm.weight.data = torch.randn(64)
+    expected = F.rms_norm(hidden.float(), (64,), norm.weight, norm.eps).bfloat16()
+    torch.testing.assert_close(rms_norm(hidden, norm), expected)
+
+
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 0)])
 def test_it_is_torchs_norm_at_any_scale(dtype: torch.dtype, within: float) -> None:
     torch.manual_seed(0)

@@ -109,9 +109,9 @@ def test_publishing_uploads_the_folder(run: Run, tmp_path: Path, monkeypatch: py
 def test_a_dry_run_uploads_nothing_and_a_run_without_results_says_how_to_make_some(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["publish", "--run", str(run.folder), "--dry-run"]
+    command = ["publish", "--run", str(run.folder), "--dry-run", "yes"]
     main.main([*command, "--repo", "me/x"])
-    assert capsys.readouterr().out == f"wrote {run.folder / 'publish'}\n"
+    assert capsys.readouterr().out == f"wrote {run.folder / 'publish'}; look at it, then leave DRY_RUN out\n"
     with pytest.raises(SystemExit, match="2"):
         main.main(command)
     assert "REPO=user/name" in capsys.readouterr().err
