@@ -196,7 +196,8 @@ def main(clips: str, out: Path) -> None:
             click.echo(f"{point.stage}: {point.work} {point.unit}: {point.value:.3g}", err=True)
     load = os.getloadavg()[0]
     head = (f"# Scaling\n\n`make bench-scale` on {device()}, commit {commit()}, load {load:.0f}. Processor seconds, "
-            "least of three rounds (MiB where it says so); fit: fixed + per unit x work.\n\n")  # fmt: skip
+            "least of three rounds, whole stages once (MiB where it says so); fit: fixed + per unit x work.\n\n"
+            )  # fmt: skip
     (out / "SCALING.md").write_text(head + table(stages) + "\n\n![All stages](scaling.svg)\n")
     rows = [json.dumps(asdict(point), sort_keys=True) for points in stages.values() for point in points]
     (out / "scaling.jsonl").write_text("\n".join(rows) + "\n")
