@@ -136,7 +136,7 @@ def close_to(limit: float) -> Callable[[Any, Any], None]:
 
 
 def text_pairs() -> Iterator[Pair]:
-    """encode-text: 32 captions through UMT5 of four wide layers; stock pads each to 512 tokens."""
+    """encode-text: 24 captions through UMT5 of four wide layers; stock pads each to 512 tokens."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     from tests.encode.make import train_tokenizer
@@ -152,7 +152,7 @@ def text_pairs() -> Iterator[Pair]:
         ["a", "red", "ball", "rolls", "left", "on", "grass", "at", "night", "slowly"],
         np.random.default_rng(0),
     )
-    captions = [" ".join(draw.choice(words, draw.integers(5, 60))) for _ in range(32)]
+    captions = [" ".join(draw.choice(words, draw.integers(5, 60))) for _ in range(24)]
     streamed = TextEncoder(folder, torch.float32, torch.device("cpu"))
     ids = token_ids(streamed.tokenizer, captions)
 
