@@ -32,7 +32,7 @@ class Pair:
     equal: Callable[[Any, Any], None]
     clock: str = "wall"  # or "cpu": user + system seconds, children included; or the unit of what calls return
     rounds: int = ROUNDS  # of seconds at least five
-    warm_up: bool = True  # the first calls are slower and not counted; False for what is a process of its own
+    warm_up: bool = True  # the first calls are slower and not counted; False for what is a process of its own, or long
     work: float = 1.0  # units done by one call, for the rate
     unit: str = "call"
 
