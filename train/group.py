@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import check_cuda_p2p_ib_support
 from torch import Tensor, nn
 
 from shared.config import Config
@@ -91,19 +92,16 @@ ALONE = Group()
 def join() -> Group:
     """The group that torchrun or accelerate started, or a group of one; the run says how many there are.
 
-    Raises RunError when a launcher was asked for something that it does not start, or that this trainer does itself,
-    and when the driver cannot do what the processes need.
+    Raises RunError when a launcher was asked for something that it does not start, or that this trainer does itself.
     """
     refuse_odd_launch(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Group()
     os.environ.setdefault("LOCAL_RANK", "0")  # launchers of one process per machine leave it out; accelerate needs it
     cpu = not torch.cuda.is_available()
-    try:
-        state = PartialState(cpu, backend="gloo" if cpu else "cpu:gloo,cuda:nccl")
-    except NotImplementedError as error:  # old drivers of GeForce 40 cards cannot do what nccl tries unasked
-        raise RunError("this driver has no direct transfers between these GPUs; update it, or run again with "
-                       "NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 in the environment") from error  # fmt: skip
+    if not cpu and not check_cuda_p2p_ib_support():  # GeForce 40 with an old driver; accelerate launch does the same
+        os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+    state = PartialState(cpu, backend="gloo" if cpu else "cpu:gloo,cuda:nccl")
     return Group(state.process_index, state.num_processes)
 
 
